@@ -1,0 +1,5 @@
+"""`python -m gosshd_py` is `gosshd`."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,434 @@
+"""The client's side of a session: RFC 4254 §6, one method per channel request. Knows asyncssh.
+
+Requests are collected and checked; nothing starts before shell, exec or subsystem arrives.
+Promises: output waits for the client at both levels, window and TCP; window-change, signal and
+break act at once; a mistake in here or from the client ends this channel, not the connection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import re
+import signal
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
+from fnmatch import fnmatchcase
+from typing import Any, Protocol
+
+import asyncssh
+import structlog
+from asyncssh.packet import SSHPacket
+
+from .lifecycle import Cause, ExitStatus, SpawnError, Start, Terminal, WindowSize
+
+log = structlog.get_logger()
+
+WINDOW = 1024 * 1024
+"""Bytes that a client may send ahead of its program."""
+
+INPUT_HIGH = 64 * 1024
+"""Bytes of input held for a program before reading from the channel stops."""
+
+MAX_ENV = 128
+MIN_PACKET = 256
+"""Smallest maximum packet size accepted: at one byte a packet, 16 KiB stall the loop for 0.6 s."""
+
+CLOSE_TIMEOUT = 1.0
+"""Seconds for each step of closing a channel."""
+
+SIGNALS = {
+    name: getattr(signal, f"SIG{name}") for name in "HUP INT KILL QUIT TERM USR1 USR2".split()
+}
+"""What a client may send; as in OpenSSH's sshd, not the ones that only crash (SEGV, ILL, …)."""
+
+TTY_OP_END = 0
+TTY_OP_RESERVED = 160
+
+_TERM = re.compile(rb"[A-Za-z0-9][A-Za-z0-9+._-]{0,63}")
+_ENV_NAME = re.compile(rb"[A-Za-z_][A-Za-z0-9_]{0,127}")
+_OVERRIDDEN = ("pty_req", "env", "exec")
+
+
+class RunningProgram(Protocol):
+    """What a channel asks of the program beside its bytes."""
+
+    def resize(self, size: WindowSize) -> None: ...
+    def send_signal(self, number: int) -> None: ...
+    def send_break(self) -> bool: ...
+
+
+Starter = Callable[["Channel", Start], RunningProgram]
+"""Starts a program and its session on a channel. Raises SpawnError with words for the client."""
+
+
+# -- pure parts: bytes of a request → checked values, or ValueError ----------------------------
+
+
+def parse_modes(encoded: bytes) -> dict[int, int]:
+    """Decode terminal modes (RFC 4254 §8) to {opcode: value}. ValueError when cut short.
+
+    Opcodes from 160 on have no defined length, so the RFC says to stop there; a missing
+    TTY_OP_END at the very end is forgiven.
+    """
+    modes: dict[int, int] = {}
+    position = 0
+    while position < len(encoded) and TTY_OP_END < encoded[position] < TTY_OP_RESERVED:
+        value = encoded[position + 1 : position + 5]
+        if len(value) < 4:
+            raise ValueError("terminal modes are cut short")
+        modes[encoded[position]] = int.from_bytes(value, "big")
+        position += 5
+    return modes
+
+
+def parse_size(columns: int, rows: int, xpixel: int, ypixel: int, old: WindowSize) -> WindowSize:
+    """Check a size from the wire (uint32 each). ValueError beyond what a terminal can be.
+
+    Zero means "ignore" (RFC 4254 §6.2), so it leaves the old value. Sizes in pixels are only
+    informative: impossible ones count as unknown.
+    """
+    if columns > 0xFFFF or rows > 0xFFFF:
+        raise ValueError(f"a terminal of {columns}×{rows} characters is beyond 65535×65535")
+    if xpixel > 0xFFFF or ypixel > 0xFFFF:
+        xpixel = ypixel = 0
+    return WindowSize(columns or old.columns, rows or old.rows, xpixel, ypixel)
+
+
+def parse_term(term: bytes) -> str:
+    """Check TERM; no name at all is a dumb terminal. ValueError for what no terminfo name has."""
+    if term and not _TERM.fullmatch(term):
+        raise ValueError("TERM is not the name of a terminal")
+    return term.decode("ascii") or "dumb"
+
+
+def env_allowed(name: bytes, value: bytes, accepted: Collection[str]) -> bool:
+    """Whether a client may set this variable: a well-formed name that the patterns accept."""
+    return (
+        _ENV_NAME.fullmatch(name) is not None
+        and b"\0" not in value
+        and len(value) <= 4096
+        and any(fnmatchcase(name.decode("ascii"), pattern) for pattern in accepted)
+    )
+
+
+# -- the wire: what asyncssh's public callbacks cannot see or refuse ---------------------------
+
+
+class SessionChannel(asyncssh.SSHServerChannel[bytes]):
+    """asyncssh's channel with the requests answered that it accepts unseen or disconnects for.
+
+    asyncssh finds handlers by name, so a renamed one would silently open what is closed here;
+    the check below refuses to run on such a version.
+    """
+
+    def __init__(self, conn: asyncssh.SSHServerConnection, channel: Channel) -> None:
+        loop = asyncio.get_running_loop()
+        super().__init__(conn, loop, True, False, False, 0, 0, None, "strict", WINDOW, 32768)
+        self.channel = channel
+
+    def process_open(self, send_chan: int, send_window: int, send_pktsize: int, session: Any) -> None:
+        """Refuse absurd packet sizes (RFC 4254 §5.1), then go on as usual."""
+        if send_pktsize < MIN_PACKET:
+            reason = f"a maximum packet size of {send_pktsize} bytes is too small"
+            session = _refuse_open(reason)
+        super().process_open(send_chan, send_window, send_pktsize, session)
+
+    def _process_pty_req_request(self, packet: SSHPacket) -> bool:
+        term = packet.get_string()
+        sizes = [packet.get_uint32() for _ in range(4)]
+        modes = packet.get_string()
+        packet.check_end()
+        return self.channel.pty_req(term, sizes, modes)
+
+    def _process_env_request(self, packet: SSHPacket) -> bool:
+        name, value = packet.get_string(), packet.get_string()
+        packet.check_end()
+        return self.channel.env_req(name, value)
+
+    def _process_exec_request(self, packet: SSHPacket) -> bool:
+        command = packet.get_string()
+        packet.check_end()
+        return self.channel.start("exec", command)
+
+    def process_connection_close(self, exc: Exception | None) -> None:
+        """Name the cause before the clean-up below looks like a CLOSE."""
+        self.channel.end(Cause.CLIENT_CLOSED if exc is None else Cause.CONNECTION_LOST)
+        super().process_connection_close(exc)
+
+    def _close_send(self) -> None:
+        # Also how CLOSE arrives while input is paused, when no callback would tell us.
+        super()._close_send()
+        self.channel.end(Cause.CLIENT_CLOSED)
+
+
+for _name in _OVERRIDDEN:
+    if not hasattr(asyncssh.SSHServerChannel, f"_process_{_name}_request"):
+        raise ImportError(f"asyncssh {asyncssh.__version__} is not supported: no {_name} handler")
+
+
+async def _refuse_open(reason: str) -> asyncssh.SSHServerSession[bytes]:
+    raise asyncssh.ChannelOpenError(asyncssh.OPEN_ADMINISTRATIVELY_PROHIBITED, reason)
+
+
+def _local(refusal: Any = None) -> Callable[[Any], Any]:
+    """Keep an error of ours in this channel: asyncssh would end the whole connection."""
+
+    def decorate(method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def guarded(self: Channel, *args: Any) -> Any:
+            try:
+                return method(self, *args)
+            except Exception:
+                log.exception("internal error", where=method.__qualname__)
+                self.end(Cause.ERROR)
+                return refusal
+
+        return guarded
+
+    return decorate
+
+
+class ChannelInput:
+    """What the client has sent and the program has not yet taken: a session.Source."""
+
+    __slots__ = ("_channel", "_chunks", "_ended", "_size", "_waiter")
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._chunks: list[bytes] = []
+        self._size = 0
+        self._ended = False
+        self._waiter: asyncio.Future[None] | None = None
+
+    def feed(self, data: bytes) -> None:
+        """Take data from the client; stop the channel's reading while too much is held."""
+        self._chunks.append(data)
+        self._size += len(data)
+        if self._size >= INPUT_HIGH:
+            self._channel.wire.pause_reading()
+        self._wake()
+
+    def feed_eof(self) -> None:
+        """Take note that no more comes."""
+        self._ended = True
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def read(self) -> bytes:
+        """All that is there as soon as there is any; b"" at the end."""
+        while not self._chunks:
+            if self._ended:
+                return b""
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        data = b"".join(self._chunks)
+        self._chunks.clear()
+        self._size = 0
+        self._channel.wire.resume_reading()
+        return data
+
+
+class ChannelOutput:
+    """One stream to the client, standard output or (datatype 1) standard error: a session.Sink."""
+
+    __slots__ = ("_channel", "_datatype")
+
+    def __init__(self, channel: Channel, datatype: int | None = None) -> None:
+        self._channel = channel
+        self._datatype = datatype
+
+    async def write(self, data: bytes) -> None:
+        """Send data; return when window and TCP take more. BrokenPipeError: the client has gone."""
+        self._channel.wire.write(data, self._datatype)
+        await self._channel.writable()
+
+
+class Channel(asyncssh.SSHServerSession[bytes]):
+    """One session channel. See session.Channel for what its parts promise.
+
+    transport_open: set while the connection's TCP buffer takes more.
+    accept_env: patterns of the variable names that a client may set.
+    """
+
+    wire: SessionChannel
+
+    def __init__(
+        self, start: Starter, transport_open: asyncio.Event, accept_env: Collection[str] = ()
+    ) -> None:
+        self._start = start
+        self._accept_env = accept_env
+        self._window_open = asyncio.Event()
+        self._window_open.set()
+        self._transport_open = transport_open
+        self._env: dict[str, bytes] = {}
+        self._terminal: Terminal | None = None
+        self._started = False
+        self._program: RunningProgram | None = None
+        self.stdin = ChannelInput(self)
+        self.outputs = (ChannelOutput(self), ChannelOutput(self, asyncssh.EXTENDED_DATA_STDERR))
+        self.ended: asyncio.Future[Cause] = asyncio.get_running_loop().create_future()
+
+    @property
+    def terminal(self) -> Terminal | None:
+        """The terminal that the client asked for, if it did."""
+        return self._terminal
+
+    # -- before the start ---------------------------------------------------------------------
+
+    @_local(refusal=False)
+    def pty_req(self, term: bytes, sizes: list[int], modes: bytes) -> bool:
+        """pty-req (RFC 4254 §6.2): once, before the start, with usable values."""
+        if self._terminal is not None or self._started:
+            return self._refuse("pty-req", "only one, and before the program starts")
+        try:
+            columns, rows, xpixel, ypixel = sizes
+            size = parse_size(columns, rows, xpixel, ypixel, WindowSize())
+            self._terminal = Terminal(parse_term(term), size, parse_modes(modes))
+        except ValueError as exc:
+            return self._refuse("pty-req", str(exc))
+        return True
+
+    @_local(refusal=False)
+    def env_req(self, name: bytes, value: bytes) -> bool:
+        """env (RFC 4254 §6.4): before the start, and only what the configuration names."""
+        full = len(self._env) >= MAX_ENV and name.decode("latin-1") not in self._env
+        if self._started or full or not env_allowed(name, value, self._accept_env):
+            return False
+        self._env[name.decode("ascii")] = value
+        return True
+
+    def shell_requested(self) -> bool:
+        """shell (RFC 4254 §6.5)."""
+        return self.start("shell")
+
+    def subsystem_requested(self, subsystem: str) -> bool:
+        """subsystem (RFC 4254 §6.5)."""
+        return self.start("subsystem", subsystem.encode("ascii"))
+
+    @_local(refusal=False)
+    def start(self, kind: str, command: bytes = b"") -> bool:
+        """Start the program, once. A refusal says why on the client's standard error."""
+        if self._started:
+            return self._refuse(kind, "a program has been started on this channel")
+        self._started = True
+        try:
+            if b"\0" in command:
+                raise SpawnError("the command holds a NUL byte")
+            request = Start(kind, command, self._env, self._terminal)
+            self._program = self._start(self, request)
+        except SpawnError as exc:
+            self.notice(f"gosshd: {exc}")
+            # Nothing can follow on this channel; its CLOSE goes out behind the refusal.
+            asyncio.get_running_loop().call_soon(self.wire.close)
+            return False
+        return True
+
+    def _refuse(self, request: str, reason: str) -> bool:
+        log.info("request refused", request=request, reason=reason)
+        return False
+
+    def notice(self, text: str) -> None:
+        """Put a line on the client's standard error, if there is room for it now."""
+        if self._window_open.is_set() and not self.wire.is_closing():
+            self.wire.write(f"{text}\r\n".encode(), asyncssh.EXTENDED_DATA_STDERR)
+
+    # -- while it runs ------------------------------------------------------------------------
+
+    def connection_made(self, chan: asyncssh.SSHServerChannel[bytes]) -> None:
+        """Wait for an empty buffer after each write: low and high water are both zero."""
+        chan.set_write_buffer_limits(high=0, low=0)
+
+    def data_received(self, data: bytes, datatype: int | None) -> None:
+        """Input for the program."""
+        self.stdin.feed(data)
+
+    def eof_received(self) -> bool:
+        """Client EOF: a half-close. False would make asyncssh close our output too."""
+        self.stdin.feed_eof()
+        return True
+
+    @_local()
+    def terminal_size_changed(self, width: int, height: int, pixwidth: int, pixheight: int) -> None:
+        """window-change (RFC 4254 §6.7). An impossible size changes nothing."""
+        if self._terminal is None:
+            return
+        with suppress(ValueError):
+            size = parse_size(width, height, pixwidth, pixheight, self._terminal.size)
+            self._terminal = Terminal(self._terminal.term, size, self._terminal.modes)
+            if self._program is not None:
+                self._program.resize(size)
+
+    @_local()
+    def signal_received(self, signal: str) -> None:
+        """signal (RFC 4254 §6.9). Unknown and forbidden names change nothing."""
+        if self._program is not None and signal in SIGNALS:
+            self._program.send_signal(SIGNALS[signal])
+
+    @_local(refusal=False)
+    def break_received(self, msec: int) -> bool:
+        """break (RFC 4335)."""
+        return self._program is not None and self._program.send_break()
+
+    def pause_writing(self) -> None:
+        """The client's window is full."""
+        self._window_open.clear()
+
+    def resume_writing(self) -> None:
+        """All output fits the client's window."""
+        self._window_open.set()
+
+    async def writable(self) -> None:
+        """Wait until window and TCP both take more, or the channel has ended."""
+        while not (self._window_open.is_set() and self._transport_open.is_set()):
+            await self._window_open.wait()
+            await self._transport_open.wait()
+
+    # -- the end ------------------------------------------------------------------------------
+
+    def end(self, cause: Cause, text: str = "") -> None:
+        """Ask for the end of the session, for this cause; the first cause wins.
+
+        text: a line for the person at the other end.
+        """
+        if not self.ended.done():
+            if text:
+                self.notice(f"\r\ngosshd: {text}" if self._terminal else f"gosshd: {text}")
+            self.ended.set_result(cause)
+        self.stdin.feed_eof()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The channel is gone: by the client's CLOSE, or with its connection."""
+        self.end(Cause.CLIENT_CLOSED)
+        self._window_open.set()
+
+    async def aclose(self, status: ExitStatus | None) -> None:
+        """EOF, exit-status or exit-signal, CLOSE, in this order; then wait for the client's CLOSE.
+
+        A client that does not take what is left within CLOSE_TIMEOUT loses it.
+        """
+        if not await _in_time(self.writable()):
+            self.wire.abort()
+        if not self.wire.is_closing():
+            self.wire.write_eof()
+            if status is None:
+                self.wire.close()
+            elif status.signal:
+                name, core = status.signal_name, status.core_dumped
+                self.wire.exit_with_signal(name, core, f"killed by signal {status.signal}")
+            else:
+                self.wire.exit(status.code)
+        self.end(Cause.CLIENT_CLOSED)
+        await _in_time(self.wire.wait_closed())
+
+
+async def _in_time(step: Any) -> bool:
+    try:
+        async with asyncio.timeout(CLOSE_TIMEOUT):
+            await step
+    except TimeoutError:
+        return False
+    return True

@@ -1,0 +1,156 @@
+"""The command line: arguments, exit codes, and what a person reads on the terminal.
+
+Exit codes: 0 clean stop, 2 usage or configuration, 1 anything else (sysexits are not used).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import click
+
+from . import __version__, logs
+from .config import Config, ConfigError, load_config
+from .hostkeys import HostKeyError, fingerprint, known_hosts_lines, load_host_keys
+from .server import ListenError, Server, serve
+
+_OPTIONS = [
+    click.option("--config", metavar="FILE", help="Read settings from this TOML file; flags override it."),
+    click.option("--listen", multiple=True, metavar="HOST:PORT",
+                 help="Where to listen; may be repeated; port 0 takes any free port.  "
+                      "[default: 127.0.0.1:2222 and [::1]:2222]"),
+    click.option("--hostkeys", metavar="DIR",
+                 help="Where the host keys are; the ed25519 key is made if it is missing.  "
+                      "[default: ./hostkeys, else the user's state folder]"),
+    click.option("--shell", metavar="PATH", help="What a session runs.  [default: /bin/bash]"),
+    click.option("--run-as", metavar="USER", help="Run the shells as this system user (needs root)."),
+    click.option("--home", metavar="DIR",
+                 help="Where a session starts; {user} is the login name.  [default: the shell user's home]"),
+    click.option("--open-to-network", is_flag=True, default=None,
+                 help="Let everybody in, without credentials, from other machines too."),
+    click.option("--log-format", metavar="text|json", help="What the log on standard error looks like."),
+]  # fmt: skip
+
+
+def _settings(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that every command takes, so that `gosshd CMD` sees what `gosshd` would serve."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+def _config(file: str | None, flags: dict[str, Any]) -> Config:
+    try:
+        return load_config(file, {key: value for key, value in flags.items() if value not in (None, ())})
+    except ConfigError as exc:
+        _fail(2, *exc.problems)
+
+
+def _fail(code: int, *lines: str) -> NoReturn:
+    for line in lines:
+        click.echo(f"gosshd: error: {logs.clean(line)}", err=True)
+    sys.exit(code)
+
+
+@click.group(
+    invoke_without_command=True,
+    context_settings={"auto_envvar_prefix": "GOSSHD", "help_option_names": ["-h", "--help"]},
+    epilog="Every option can also be set in the environment, as GOSSHD_LISTEN, GOSSHD_HOSTKEYS, …",
+)
+@_settings
+@click.version_option(__version__, prog_name="gosshd")
+@click.pass_context
+def main(context: click.Context, config: str | None, **flags: Any) -> None:
+    """Serve shells over SSH: bash on a pseudo-terminal for everybody who connects.
+
+    Without a command: serve until SIGTERM or ^C.
+    """
+    context.obj = (config, flags)
+    if context.invoked_subcommand is None:
+        _serve(_config(config, flags))
+
+
+def _serve(config: Config) -> None:
+    logs.configure(config.log_format)
+    try:
+        asyncio.run(serve(config, _announce))
+    except (ListenError, HostKeyError) as exc:
+        _fail(1, str(exc))
+
+
+def _announce(server: Server) -> None:
+    """Say that clients can connect, and give what they need to know that it is us."""
+    host, port = server.addresses[0]
+    for address in server.addresses:
+        click.echo(f"listening on {address}")
+    for key in server.host_keys:
+        click.echo(f"host key {fingerprint(key)} ({key.get_algorithm()})")
+    local = known_hosts_lines(server.addresses, server.host_keys)
+    click.echo(f"known_hosts line: {local[0]}")
+    name = local[0].split()[0].split(":")[0].strip("[]") if port != 22 else local[0].split()[0]
+    click.echo(f"connect with: ssh anyuser@{name}" + (f" -p {port}" if port != 22 else ""))
+    sys.stdout.flush()
+
+
+def _with_settings(context: click.Context, config: str | None, flags: dict[str, Any]) -> Config:
+    """The settings given before the command's name, overridden by those behind it."""
+    outer_config, outer = context.obj
+    given = {key: value for key, value in flags.items() if value not in (None, ())}
+    return _config(config or outer_config, {**outer, **given})
+
+
+@main.command()
+@_settings
+@click.pass_context
+def check(context: click.Context, config: str | None, **flags: Any) -> None:
+    """Check the configuration without serving; every problem gets a line."""
+    settings = _with_settings(context, config, flags)
+    click.echo(f"{config or context.obj[0] or 'configuration'}: good; listens on {', '.join(settings.listen)}")
+
+
+@main.command("known-hosts")
+@_settings
+@click.pass_context
+def known_hosts(context: click.Context, config: str | None, **flags: Any) -> None:
+    """Print the known_hosts lines of the configured listeners."""
+    settings = _with_settings(context, config, flags)
+    if any(port == 0 for _, port in settings.addresses):
+        _fail(2, "listen: port 0 is chosen at start; name the real port with --listen HOST:PORT")
+    for line in known_hosts_lines(settings.addresses, _keys(settings)):
+        click.echo(line)
+
+
+@main.command()
+@_settings
+@click.pass_context
+def keys(context: click.Context, config: str | None, **flags: Any) -> None:
+    """List the host keys with their fingerprints."""
+    settings = _with_settings(context, config, flags)
+    for key in _keys(settings):
+        click.echo(f"{fingerprint(key)} {key.get_algorithm()} {key.get_comment() or ''}".rstrip())
+
+
+def _keys(config: Config) -> list[Any]:
+    try:
+        return list(load_host_keys(config.hostkeys_dir))
+    except HostKeyError as exc:
+        _fail(1, str(exc))
+
+
+@main.command()
+@click.argument("address", default="127.0.0.1:2222")
+def probe(address: str) -> None:
+    """Ask ADDRESS for its SSH identification string (RFC 4253 §4.2); exit 1 if there is none."""
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=5) as sock:
+            line = sock.makefile("rb").readline(255)
+    except (OSError, ValueError) as exc:
+        _fail(1, f"{address}: {exc}")
+    if not line.startswith(b"SSH-2.0-"):
+        _fail(1, f"{address}: does not speak SSH")
+    click.echo(line.decode("ascii", "backslashreplace").strip())

@@ -1,0 +1,97 @@
+"""The server's own keys: made once, kept private, loaded once; fingerprints and known_hosts lines.
+
+A key that others can read is refused, for whoever has it can pretend to be this server.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import asyncssh
+
+from .config import Address, is_loopback
+
+NAMES = ("ssh_host_ed25519_key", "ssh_host_ecdsa_key", "ssh_host_rsa_key")
+"""In order of preference. The first is made when it is missing, the others are used if there."""
+
+
+class HostKeyError(Exception):
+    """A host key cannot be used; the text says which, why, and what to do."""
+
+
+def load_host_keys(directory: Path) -> list[asyncssh.SSHKey]:
+    """Load the keys in directory, making the ed25519 key if it is missing. Raises HostKeyError."""
+    try:
+        if not (directory / NAMES[0]).exists():
+            _make_key(directory / NAMES[0])
+        return [_load_key(path) for name in NAMES if (path := directory / name).exists()]
+    except OSError as exc:
+        reason = f"{exc.filename or directory}: {exc.strerror}"
+        raise HostKeyError(f"{reason}; choose another directory with --hostkeys") from exc
+
+
+def _make_key(path: Path) -> None:
+    """Write a new key so that it is there whole or not at all, and never over another one."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    key = asyncssh.generate_private_key("ssh-ed25519", comment="gosshd")
+    fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mode 0600
+    try:
+        with os.fdopen(fd, "wb") as file:
+            file.write(key.export_private_key())
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(temporary, path)  # fails where rename(2) would replace
+    except FileExistsError:
+        pass  # another server has just made one: use that
+    finally:
+        os.unlink(temporary)
+
+
+def _load_key(path: Path) -> asyncssh.SSHKey:
+    with path.open("rb") as file:
+        status = os.fstat(file.fileno())
+        data = file.read(64 * 1024)
+    if not stat.S_ISREG(status.st_mode):
+        raise HostKeyError(f"{path} is not a regular file")
+    if status.st_uid not in (os.geteuid(), 0):
+        raise HostKeyError(f"{path} belongs to uid {status.st_uid}; run: chown {os.geteuid()} {path}")
+    if status.st_mode & 0o077:
+        mode = stat.S_IMODE(status.st_mode)
+        raise HostKeyError(f"{path} has mode {mode:04o}, so others can read it; run: chmod 600 {path}")
+    try:
+        return asyncssh.import_private_key(data)
+    except asyncssh.KeyEncryptionError as exc:
+        raise HostKeyError(
+            f"{path} has a passphrase, and nobody can type it; run: ssh-keygen -p -N '' -f {path}"
+        ) from exc
+    except asyncssh.KeyImportError as exc:
+        raise HostKeyError(f"{path} is not a private key: {exc}; move it away") from exc
+
+
+def fingerprint(key: asyncssh.SSHKey) -> str:
+    """SHA256:… as `ssh` shows it at the first connection."""
+    return key.get_fingerprint("sha256")
+
+
+def known_hosts_lines(
+    addresses: Iterable[Address], keys: Sequence[asyncssh.SSHKey]
+) -> list[str]:
+    """Lines for ~/.ssh/known_hosts, one for each name that clients use and each key (sshd(8)).
+
+    Loopback addresses are reached as localhost; a wildcard address by this machine's name too.
+    """
+    names: dict[str, None] = {}
+    for host, port in addresses:
+        wildcard = host in ("0.0.0.0", "::")  # noqa: S104  # compared, not bound
+        for name in (
+            *(["localhost"] if wildcard or is_loopback(host) else []),
+            socket.gethostname() if wildcard else host,
+        ):
+            names[name if port == 22 else f"[{name}]:{port}"] = None
+    public = [" ".join(key.export_public_key().decode().split()[:2]) for key in keys]
+    return [f"{name} {key}" for name in names for key in public]

@@ -1,0 +1,52 @@
+"""What the log looks like: readable lines or JSON, on standard error, with nothing executable in it.
+
+Clients choose user names, commands and version strings. Control characters are escaped and
+lengths capped here, once, for every value that is ever logged.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any, TextIO
+
+import structlog
+
+MAX_TEXT = 256
+"""Characters of one value; a longer one is cut and says so."""
+
+
+def clean(text: str) -> str:
+    """Escape what could move a cursor or forge a line, and cap the length."""
+    cut = text[:MAX_TEXT]
+    escaped = "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in cut)
+    return escaped if len(text) <= MAX_TEXT else f"{escaped}… ({len(text)} characters)"
+
+
+def _clean_values(_: object, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    return {
+        key: clean(value) if isinstance(value, str) and key != "exception" else value
+        for key, value in event.items()
+    }
+
+
+def configure(log_format: str = "text", stream: TextIO | None = None) -> None:
+    """Set up structlog for the whole process. log_format: "text" or "json"."""
+    stream = stream or sys.stderr
+    colors = stream.isatty() and "NO_COLOR" not in os.environ
+    shared: list[Any] = [
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper("iso", utc=log_format == "json"),
+        structlog.processors.format_exc_info,
+        _clean_values,
+    ]
+    render: Any = (
+        structlog.processors.JSONRenderer(ensure_ascii=False)
+        if log_format == "json"
+        else structlog.dev.ConsoleRenderer(colors=colors, pad_event_to=0)
+    )
+    structlog.configure(
+        processors=[*shared, render],
+        logger_factory=structlog.PrintLoggerFactory(stream),
+        cache_logger_on_first_use=False,
+    )

@@ -1,0 +1,247 @@
+"""A child process and the file descriptors that lead to it; `pty.py` and `pipes.py` build on it.
+
+Promises: nothing here blocks the event loop, every descriptor has one owner and is closed
+once, and a child is reaped the moment it ends, whatever its session is waiting for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from .lifecycle import ExitStatus, SpawnError
+
+CHUNK = 64 * 1024
+"""Bytes per read at most, so that one loud session leaves the loop to the others."""
+
+KILL_WAIT = 1.0
+"""Seconds to wait for a child after SIGKILL; only one stuck in the kernel takes longer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """What to execute: absolute path and arguments, and the whole environment.
+
+    run_as: (uid, gid) to become, with that user's groups; None keeps the server's own.
+    """
+
+    argv: Sequence[str | bytes]
+    env: Mapping[str, str | bytes] = field(default_factory=dict)
+    run_as: tuple[int, int] | None = None
+
+
+# Runs in the child, so as the shell's user: a home that only that user may enter is no trouble.
+_CHDIR = """cd -- "$HOME" 2>/dev/null || {
+  echo "gosshd: cannot enter the home directory $HOME, starting in /" >&2; cd /; }
+unset OLDPWD
+"""
+_EXEC = 'exec "$@"'
+
+# A session leader without a controlling terminal gets the first one it opens (credentials(7),
+# tty(4)). Popen has called setsid(2); opening the pty by name does the rest.
+_TAKE_TERMINAL = 'exec <>"$SSH_TTY" >&0 2>&0\n'
+
+
+def spawn(command: Command, *, stdin: int, stdout: int, stderr: int, terminal: bool) -> Child:
+    """Start command in a session (setsid(2)) of its own. Raises SpawnError with the reason.
+
+    Popen uses vfork: no Python code runs in the child, and the loop stands still for some
+    tenths of a millisecond whatever the server's memory. What has to be done between fork and
+    exec is done by setpriv(1) and a POSIX shell, which then become the program.
+    """
+    program = command.argv[0]
+    if not os.access(program, os.X_OK):
+        raise SpawnError(f"{os.fsdecode(program)}: not found or not executable on this server")
+    script = (_TAKE_TERMINAL if terminal else "") + _CHDIR + _EXEC
+    argv = [*_become(command.run_as), "/bin/sh", "-c", script, "sh", *command.argv]
+    try:
+        popen = subprocess.Popen(
+            argv, env=command.env, stdin=stdin, stdout=stdout, stderr=stderr, start_new_session=True
+        )
+    except (OSError, ValueError) as exc:
+        reason = exc.strerror if isinstance(exc, OSError) else str(exc)
+        raise SpawnError(f"cannot start {os.fsdecode(program)}: {reason}") from exc
+    try:
+        return Child(popen)
+    except OSError as exc:
+        popen.kill()
+        popen.wait()
+        raise SpawnError(f"cannot watch {os.fsdecode(program)}: {exc.strerror}") from exc
+
+
+def _become(run_as: tuple[int, int] | None) -> list[str]:
+    # Popen(user=…) would give up vfork and so fork the whole server.
+    if run_as is None:
+        return []
+    uid, gid = run_as
+    return ["setpriv", f"--reuid={uid}", f"--regid={gid}", "--init-groups", "--"]
+
+
+def reset_signals() -> None:
+    """Make sure that no child starts with a signal ignored or blocked by how we were started.
+
+    A server that a script starts with `&` has SIGINT and SIGQUIT ignored, under nohup SIGHUP,
+    and an ignored signal stays ignored across exec: ^C would do nothing in anybody's shell. A
+    handler, even an empty one, becomes the default at exec.
+    """
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    restored_by_popen = {signal.SIGPIPE, signal.SIGXFSZ}
+    for number in signal.valid_signals() - restored_by_popen:
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
+
+
+class Child:
+    """A running child. `ended` is done once it is reaped; until then its pid is ours to signal."""
+
+    __slots__ = ("_loop", "_pidfd", "_popen", "ended", "pid")
+
+    def __init__(self, popen: subprocess.Popen[bytes]) -> None:
+        self._popen = popen  # kept, or subprocess would reap the child behind our back
+        self._loop = asyncio.get_running_loop()
+        self.pid = popen.pid
+        self.ended: asyncio.Future[ExitStatus] = self._loop.create_future()
+        self._pidfd = os.pidfd_open(popen.pid)
+        self._loop.add_reader(self._pidfd, self._reap)
+
+    def _reap(self) -> None:
+        pid, status = os.waitpid(self.pid, os.WNOHANG)
+        if pid == 0:
+            return
+        self._loop.remove_reader(self._pidfd)
+        os.close(self._pidfd)
+        self._popen.returncode = os.waitstatus_to_exitcode(status)
+        if os.WIFSIGNALED(status):
+            ended = ExitStatus(signal=os.WTERMSIG(status), core_dumped=os.WCOREDUMP(status))
+        else:
+            ended = ExitStatus(code=os.WEXITSTATUS(status))
+        self.ended.set_result(ended)
+
+    def signal_group(self, number: int, pgid: int | None = None) -> None:
+        """Send a signal to a process group, by default the child's; never after it is reaped.
+
+        A group that has just gone, or that became another user (sudo), is left alone.
+        """
+        if not self.ended.done():
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(pgid or self.pid, number)
+
+    async def ends_within(self, seconds: float) -> bool:
+        """Wait for the end, but not longer. Returns whether it has come."""
+        await asyncio.wait({self.ended}, timeout=seconds)
+        return self.ended.done()
+
+    async def end(self, grace: float, *groups: int) -> None:
+        """Give the child `grace` seconds to end, then kill it and the named process groups."""
+        if await self.ends_within(grace):
+            return
+        for pgid in {self.pid, *groups}:
+            self.signal_group(signal.SIGKILL, pgid)
+        await self.ends_within(KILL_WAIT)
+
+
+class Descriptor:
+    """One file descriptor: reads and writes that wait without blocking, and one close.
+
+    After close() the number is -1, since the kernel gives it to the next session at once, and
+    the event loop is told before: a reader left behind would read another session's bytes.
+    """
+
+    __slots__ = ("_close", "_loop", "_read_waiter", "_watched", "_write_waiter", "fd")
+
+    def __init__(self, fd: int, close: Callable[[], object] | None = None) -> None:
+        os.set_blocking(fd, False)
+        self.fd = fd
+        self._close = close or (lambda: os.close(fd))
+        self._loop = asyncio.get_running_loop()
+        self._watched = False
+        self._read_waiter: asyncio.Future[None] | None = None
+        self._write_waiter: asyncio.Future[None] | None = None
+
+    def read_now(self) -> bytes | None:
+        """What is there, up to CHUNK; None when nothing is; b"" at end of file or after close.
+
+        Reads until the descriptor is empty: a pty gives 4 KiB a time at most, and one large SSH
+        packet costs far less than sixteen small ones. Raises OSError (EIO: see pty.py).
+        """
+        if self.fd < 0:
+            return b""
+        parts: list[bytes] = []
+        room = CHUNK
+        try:
+            while room > 0 and (data := os.read(self.fd, room)):
+                parts.append(data)
+                room -= len(data)
+        except BlockingIOError:
+            return b"".join(parts) if parts else None
+        except OSError:
+            if not parts:
+                raise
+        return b"".join(parts)
+
+    def readable(self) -> asyncio.Future[None]:
+        """A future that is done when a read may bring something. One reader at a time."""
+        self._read_waiter = self._loop.create_future()
+        if self.fd < 0:
+            self._read_waiter.set_result(None)
+        elif not self._watched:
+            self._watched = True
+            self._loop.add_reader(self.fd, self.wake_reader)
+        return self._read_waiter
+
+    def wake_reader(self) -> None:
+        """Let whoever waits for readable() look again."""
+        if self._read_waiter is not None and not self._read_waiter.done():
+            self._read_waiter.set_result(None)
+        elif self._watched:
+            # Nobody wants bytes now. Stop watching, or a full descriptor would spin the loop.
+            self._watched = False
+            self._loop.remove_reader(self.fd)
+
+    async def read(self) -> bytes:
+        """Some bytes as soon as there are any, b"" at end of file or after close."""
+        while (data := self.read_now()) is None:
+            await self.readable()
+        return data
+
+    async def write(self, data: bytes) -> None:
+        """Write all of data, waiting whenever the other side is full. Raises OSError."""
+        view = memoryview(data)
+        while view:
+            if self.fd < 0:
+                raise BrokenPipeError("closed")
+            try:
+                view = view[os.write(self.fd, view) :]
+            except BlockingIOError:
+                await self._writable()
+
+    async def _writable(self) -> None:
+        self._write_waiter = waiter = self._loop.create_future()
+        self._loop.add_writer(self.fd, _wake, waiter)
+        try:
+            await waiter
+        finally:
+            if self.fd >= 0:
+                self._loop.remove_writer(self.fd)
+
+    def close(self) -> None:
+        """Close once; later calls do nothing. Whoever waits is woken and sees the end."""
+        if self.fd < 0:
+            return
+        self._loop.remove_reader(self.fd)
+        self._loop.remove_writer(self.fd)
+        self.fd, self._watched = -1, False
+        self._close()
+        for waiter in (self._read_waiter, self._write_waiter):
+            if waiter is not None:
+                _wake(waiter)
+
+
+def _wake(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)

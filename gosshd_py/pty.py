@@ -1,0 +1,288 @@
+"""A program on a pseudo-terminal. Owns the master and the child; the only room with ptyprocess.
+
+Promises: the terminal has its size and modes before the program runs; the output is complete
+when the program has ended, even while a background job keeps the terminal open; end of input
+reaches the program as the terminal's own VEOF character.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import fcntl
+import os
+import select
+import struct
+import termios
+from collections.abc import Mapping
+from contextlib import suppress
+from grp import getgrnam
+from typing import Any
+
+from ptyprocess import PtyProcess  # type: ignore[import-untyped]  # it ships no types
+
+from .lifecycle import ExitStatus, SpawnError, Terminal, WindowSize
+from .process import Child, Command, Descriptor, spawn
+
+QUIET = 0.25
+"""Seconds without output after which an ended program's terminal counts as read to the end."""
+
+LATE_SECONDS = 0.75
+LATE_BYTES = 128 * 1024
+"""How long and how much is read after the program's end while a background job goes on writing.
+The kernel holds about 22 KiB of a pty's output, so nothing that the program wrote is cut."""
+
+REOPEN_WAIT = 0.1
+"""Seconds between looks at a terminal that no process has open just now."""
+
+# From Linux's headers; Python's termios lacks them.
+TIOCGPTPEER = 0x5441  # the slave of a master, opened without its name
+IUTF8 = 0x4000  # erase a whole UTF-8 character, not a byte
+
+
+class PtyHandle(PtyProcess):  # type: ignore[misc]  # no types
+    """ptyprocess's pair of pid and master fd, without the methods that sleep or block.
+
+    Its `fileobj` is what closes the descriptor: os.close() besides it would close the number
+    twice, and by then it may belong to another session.
+    """
+
+    def __del__(self) -> None:
+        """Do nothing: PtyProcess closes here, with a sleep, on the event loop."""
+
+
+class PtyProgram:
+    """A running program on a pty. See session.Program for what its parts promise."""
+
+    __slots__ = ("_child", "_grace", "_handle", "_late_bytes", "_late_seconds", "_master", "ended")
+
+    def __init__(self, handle: PtyHandle, child: Child, grace: float) -> None:
+        self._handle = handle
+        self._child = child
+        self._grace = grace
+        self._master = Descriptor(handle.fd, handle.fileobj.close)
+        self._late_bytes, self._late_seconds = LATE_BYTES, LATE_SECONDS
+        self.ended: asyncio.Future[ExitStatus] = child.ended
+        self.ended.add_done_callback(lambda _: self._master.wake_reader())
+
+    @classmethod
+    def spawn(cls, command: Command, terminal: Terminal, grace: float = 3.0) -> PtyProgram:
+        """Start command on a new pty. grace: seconds between hang-up and SIGKILL.
+
+        Adds TERM and SSH_TTY to the environment. Raises SpawnError.
+        """
+        try:
+            master, slave = os.openpty()
+        except OSError as exc:
+            raise SpawnError(f"no pseudo-terminal is left on this server: {exc.strerror}") from exc
+        try:
+            set_modes(slave, terminal.modes)
+            set_size(slave, terminal.size)
+            name = _give(slave, command)
+            env = {**command.env, "TERM": terminal.term, "SSH_TTY": name}
+            started = Command(command.argv, env, command.run_as)
+            child = spawn(started, stdin=slave, stdout=slave, stderr=slave, terminal=True)
+        except BaseException as exc:
+            os.close(master)
+            if isinstance(exc, (OSError, termios.error)):
+                raise SpawnError(f"cannot set up the terminal: {exc.args[1]}") from exc
+            raise
+        finally:
+            os.close(slave)
+        return cls(PtyHandle(child.pid, master), child, grace)
+
+    @property
+    def pid(self) -> int:
+        """The process ID of the program, which leads the terminal's session."""
+        return self._child.pid
+
+    @property
+    def stdin(self) -> PtyProgram:
+        """The terminal is both ends at once."""
+        return self
+
+    @property
+    def outputs(self) -> tuple[PtyProgram]:
+        """Standard output and standard error are one stream on a terminal."""
+        return (self,)
+
+    # -- output -----------------------------------------------------------------------------
+
+    async def read(self) -> bytes:
+        """Output as soon as there is any; b"" when the program has ended and all is read."""
+        while True:
+            try:
+                data = self._master.read_now()
+                hung_up = False
+            except OSError as exc:
+                if exc.errno != errno.EIO:
+                    raise
+                data, hung_up = None, True
+            if data is not None:
+                return data if self._in_time(len(data)) else b""
+            if not await (self._reopened() if hung_up else self._more_output()):
+                return b""
+
+    def _in_time(self, size: int) -> bool:
+        """Count what comes after the end: past the limit it is a background job's, not ours."""
+        if self.ended.done():
+            self._late_bytes -= size
+        return self._late_bytes > 0
+
+    async def _reopened(self) -> bool:
+        """EIO: no process has the slave open (Linux's end of file for a master, pty(7)).
+
+        While the program lives it may open /dev/tty again, so only its end makes this the end.
+        """
+        return not self.ended.done() and not await self._child.ends_within(REOPEN_WAIT)
+
+    async def _more_output(self) -> bool:
+        """Wait for output. False: the program has ended and the terminal stays quiet."""
+        readable = self._master.readable()
+        if not self.ended.done():
+            await readable
+            return True
+        if self._late_seconds <= 0:
+            return False
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        await asyncio.wait({readable}, timeout=min(QUIET, self._late_seconds))
+        self._late_seconds -= loop.time() - began
+        return readable.done()
+
+    # -- input ------------------------------------------------------------------------------
+
+    async def write(self, data: bytes) -> None:
+        """Type data at the terminal, as fast as it takes it. Raises OSError once closed."""
+        await self._master.write(data)
+
+    async def write_eof(self) -> None:
+        """Type the terminal's VEOF character, once, so that a program sees it (termios(3)).
+
+        Typed ahead it can get lost: the kernel drops a waiting end of file when a program
+        leaves canonical mode, as bash does before each prompt. So it is typed when all other
+        input is taken, and again only if a change of mode has swallowed it.
+        """
+        while self._master.fd >= 0:
+            await self._input_taken()
+            mode = termios.tcgetattr(self._master.fd)
+            veof = mode[6][termios.VEOF]
+            if veof == b"\0":
+                return  # the user has turned the character off (_POSIX_VDISABLE)
+            await self.write(veof)
+            if not mode[3] & termios.ICANON:
+                return  # a raw program reads the character itself
+            await self._input_taken()
+            if termios.tcgetattr(self._master.fd)[3] & termios.ICANON:
+                return
+
+    async def _input_taken(self) -> None:
+        """Wait until the terminal holds no unread input, not even a waiting end of file."""
+        pause = 0.001
+        while True:
+            await asyncio.sleep(pause)  # no event tells of this: look, ever more rarely
+            pause = min(2 * pause, 0.05)
+            slave = fcntl.ioctl(self._master.fd, TIOCGPTPEER, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
+            try:
+                poll = select.poll()
+                poll.register(slave, select.POLLIN)
+                if not poll.poll(0):
+                    return
+            finally:
+                os.close(slave)
+
+    # -- everything beside the data: acts at once, never queued behind unread input ----------
+
+    def resize(self, size: WindowSize) -> None:
+        """Set the size; the kernel tells the foreground group by SIGWINCH (RFC 4254 §6.7)."""
+        if self._master.fd >= 0:
+            set_size(self._master.fd, size)
+
+    def send_signal(self, number: int) -> None:
+        """Deliver a signal to the terminal's foreground process group (RFC 4254 §6.9)."""
+        self._child.signal_group(number, self._foreground())
+
+    def send_break(self) -> bool:
+        """A break interrupts, as on a line with BRKINT (termios(3), RFC 4335); IGNBRK ignores it."""
+        if self._master.fd < 0:
+            return False
+        if not termios.tcgetattr(self._master.fd)[0] & termios.IGNBRK:
+            self.send_signal(2)
+        return True
+
+    def _foreground(self) -> int:
+        """The foreground process group, or the program's own where the terminal has none."""
+        with suppress(OSError):
+            return os.tcgetpgrp(self._master.fd) or self.pid
+        return self.pid
+
+    async def aclose(self) -> None:
+        """Hang up, grace, kill, reap. Twice is silent.
+
+        Closing the master is the hang-up: the kernel sends SIGHUP and SIGCONT to the session
+        leader and to the foreground group (tty_ioctl(4)). Background jobs live on, as they do
+        when somebody closes a terminal window.
+        """
+        foreground = self._foreground()
+        self._master.close()
+        await self._child.end(self._grace, foreground)
+
+
+def _give(slave: int, command: Command) -> str:
+    """Make the slave the shell user's own, group tty, mode 620, as sshd does. Returns its name."""
+    if command.run_as is not None:
+        uid, gid = command.run_as
+        with suppress(KeyError):
+            gid = getgrnam("tty").gr_gid
+        os.fchown(slave, uid, gid)
+        os.fchmod(slave, 0o620)
+    return os.ttyname(slave)
+
+
+def set_size(fd: int, size: WindowSize) -> None:
+    """TIOCSWINSZ. ptyprocess's setwinsize() would lose the size in pixels."""
+    winsize = struct.pack("HHHH", size.rows, size.columns, size.xpixel, size.ypixel)
+    fcntl.ioctl(fd, termios.TIOCSWINSZ, winsize)
+
+
+def set_modes(fd: int, modes: Mapping[int, int]) -> None:
+    """Apply the modes of a pty-req: {opcode: value} (RFC 4254 §8). Unknown ones are ignored."""
+    attributes = termios.tcgetattr(fd)
+    for opcode, value in modes.items():
+        _set_mode(attributes, opcode, value)
+    termios.tcsetattr(fd, termios.TCSANOW, attributes)
+
+
+def _set_mode(attributes: list[Any], opcode: int, value: int) -> None:
+    if opcode in _CHARACTERS:
+        index = getattr(termios, _CHARACTERS[opcode], None)
+        if index is not None:  # 255 stands for "disabled" on the wire
+            attributes[6][index] = bytes([0 if value >= 255 else value])
+    elif opcode in _FLAGS:
+        word, name = _FLAGS[opcode]
+        flag = IUTF8 if name == "IUTF8" else getattr(termios, name, 0)
+        attributes[word] = attributes[word] | flag if value else attributes[word] & ~flag
+    elif opcode in _CHARACTER_SIZES and value:
+        attributes[2] = attributes[2] & ~termios.CSIZE | _CHARACTER_SIZES[opcode]
+    elif opcode in _SPEEDS and (speed := getattr(termios, f"B{value}", 0)):
+        attributes[_SPEEDS[opcode]] = speed
+
+
+def _table(first: int, names: str) -> dict[int, str]:
+    return {opcode: name for opcode, name in enumerate(names.split(), first) if name != "-"}
+
+
+# RFC 4254 §8 and RFC 8160 (IUTF8). "-": not known to Linux.
+_CHARACTERS = _table(1, "VINTR VQUIT VERASE VKILL VEOF VEOL VEOL2 VSTART VSTOP VSUSP - VREPRINT VWERASE VLNEXT - - - VDISCARD")
+_FLAGS = {
+    opcode: (word, name)
+    for word, table in (
+        (0, _table(30, "IGNPAR PARMRK INPCK ISTRIP INLCR IGNCR ICRNL IUCLC IXON IXANY IXOFF IMAXBEL IUTF8")),
+        (3, _table(50, "ISIG ICANON XCASE ECHO ECHOE ECHOK ECHONL NOFLSH TOSTOP IEXTEN ECHOCTL ECHOKE PENDIN")),
+        (1, _table(70, "OPOST OLCUC ONLCR OCRNL ONOCR ONLRET")),
+        (2, _table(92, "PARENB PARODD")),
+    )
+    for opcode, name in table.items()
+}
+_CHARACTER_SIZES = {90: termios.CS7, 91: termios.CS8}
+_SPEEDS = {128: 4, 129: 5}

@@ -1,0 +1,228 @@
+"""One listener: asyncssh's settings, who owns which task, and the order of a shutdown."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import signal
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Self
+
+import asyncssh
+import structlog
+
+from .channel import Channel
+from .config import DEFAULT_LISTEN, Address, Config
+from .connection import Connection
+from .hostkeys import load_host_keys
+from .lifecycle import Cause, Start
+from .process import reset_signals
+from .session import Program, run_session
+
+log = structlog.get_logger()
+
+BACKLOG = 1024
+"""Connections that the kernel holds until we accept; asyncio's 100 make a burst wait for seconds."""
+
+LEAVE_TIME = 0.5
+"""Seconds that clients get, at shutdown, to leave by themselves after their last CLOSE."""
+
+KEX = ("mlkem768x25519-sha256", "curve25519-sha256", "curve25519-sha256@libssh.org")
+CIPHERS = (
+    "chacha20-poly1305@openssh.com",
+    "aes256-gcm@openssh.com",
+    "aes128-gcm@openssh.com",
+    "aes256-ctr",
+    "aes192-ctr",
+    "aes128-ctr",
+)
+MACS = ("hmac-sha2-256-etm@openssh.com", "hmac-sha2-512-etm@openssh.com")
+
+
+class ListenError(Exception):
+    """An address cannot be listened on; the text says which and why."""
+
+
+class Server:
+    """The running server: `async with Server(config) as server`, then wait for what you like.
+
+    Leaving the block stops it: the listeners first, then every session (which gets a line on
+    its terminal and is hung up), then the connections. It takes less than five seconds.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.addresses: list[Address] = []
+        """Where it listens, with the real ports."""
+        self.host_keys: list[asyncssh.SSHKey] = []
+        self.connections: set[Connection] = set()
+        self._sessions: dict[asyncio.Task[None], Channel] = {}
+        self._listeners: list[asyncssh.SSHAcceptor] = []
+
+    async def __aenter__(self) -> Self:
+        """Start to listen. Raises ListenError and HostKeyError."""
+        self.host_keys = load_host_keys(self.config.hostkeys_dir)
+        sockets = open_sockets(self.config)
+        try:
+            for sock in sockets:
+                self._listeners.append(await self._listen(sock))
+        except BaseException:
+            for sock in sockets:
+                sock.close()
+            raise
+        self.addresses = [Address(*sock.getsockname()[:2]) for sock in sockets]
+        return self
+
+    async def _listen(self, sock: socket.socket) -> asyncssh.SSHAcceptor:
+        return await asyncssh.listen(
+            sock=sock,
+            backlog=BACKLOG,
+            server_factory=functools.partial(
+                Connection, self.config, self.connections, self._run_session
+            ),
+            server_host_keys=self.host_keys,
+            server_version="gosshd_py",
+            login_timeout=self.config.login_grace_time,
+            keepalive_interval=self.config.client_alive_interval,
+            keepalive_count_max=self.config.client_alive_count_max,
+            kex_algs=KEX,
+            encryption_algs=CIPHERS,
+            mac_algs=MACS,
+            compression_algs=["none"],
+            line_editor=False,
+            encoding=None,
+            agent_forwarding=False,
+            x11_forwarding=False,
+            allow_scp=False,
+            gss_host=None,
+            host_based_auth=False,
+        )
+
+    @property
+    def session_count(self) -> int:
+        """Sessions that run just now."""
+        return len(self._sessions)
+
+    # -- sessions -----------------------------------------------------------------------------
+
+    def _run_session(
+        self, connection: Connection, channel: Channel, start: Start, program: Program
+    ) -> None:
+        task = asyncio.create_task(self._session(connection, channel, start, program))
+        self._sessions[task] = channel
+        task.add_done_callback(self._session_over)
+
+    async def _session(
+        self, connection: Connection, channel: Channel, start: Start, program: Program
+    ) -> None:
+        ending = await run_session(channel, program, drain_timeout=self.config.drain_timeout)
+        if ending.error is not None:
+            log.error("session failed", peer=connection.peer, exc_info=ending.error)
+        log.info(
+            "session over",
+            peer=connection.peer,
+            user=connection.account.name if connection.account else None,
+            kind=start.kind,
+            command=start.command.decode("utf-8", "backslashreplace") or None,
+            pty=start.terminal is not None,
+            cause=str(ending.cause),
+            exit=str(ending.status) if ending.status else None,
+            bytes_in=ending.bytes_in,
+            bytes_out=ending.bytes_out,
+            seconds=round(ending.seconds, 3),
+        )
+
+    def _session_over(self, task: asyncio.Task[None]) -> None:
+        del self._sessions[task]
+        if not task.cancelled() and (exc := task.exception()) is not None:
+            log.error("session failed while closing", exc_info=exc)
+
+    # -- the end ------------------------------------------------------------------------------
+
+    async def __aexit__(self, *_: object) -> None:
+        """Stop. See the class."""
+        for listener in self._listeners:
+            listener.close()
+        for channel in list(self._sessions.values()):
+            channel.end(Cause.SHUTDOWN, "the server is shutting down")
+        if self._sessions:
+            await asyncio.wait(self._sessions)  # each has its own deadlines
+        connections = list(self.connections)
+        for connection in connections:
+            if connection.sessions == 0:
+                connection.disconnect()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LEAVE_TIME):
+                for connection in connections:
+                    await connection.conn.wait_closed()
+        for connection in list(self.connections):
+            connection.disconnect()
+            await connection.conn.wait_closed()
+
+
+def open_sockets(config: Config) -> list[socket.socket]:
+    """Bind the configured addresses. Raises ListenError.
+
+    With port 0 the first address gets any free port and its siblings try for the same. The
+    default ::1 may be missing, as on machines without IPv6; an address that you name may not.
+    """
+    sockets: list[socket.socket] = []
+    chosen = 0
+    try:
+        for host, port in config.addresses:
+            optional = config.listen == DEFAULT_LISTEN and host == "::1"
+            try:
+                found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+                for family, *_, address in found:
+                    target = (address[0], port or chosen, *address[2:])
+                    sockets.append(_bind(family, target))
+                    chosen = chosen or (sockets[-1].getsockname()[1] if port == 0 else 0)
+            except OSError as exc:
+                if not optional:
+                    raise ListenError(f"cannot listen on {Address(host, port)}: {_why(exc)}") from exc
+    except BaseException:
+        for sock in sockets:
+            sock.close()
+        raise
+    return sockets
+
+
+def _bind(family: int, address: tuple[object, ...]) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind(address)
+        sock.listen(BACKLOG)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _why(exc: OSError) -> str:
+    remedies = {
+        98: "another server uses it; stop that one, or choose a port with --listen 127.0.0.1:2223",
+        13: "ports below 1024 need root; choose a higher one with --listen",
+    }
+    return f"{exc.strerror}; {remedies[exc.errno]}" if exc.errno in remedies else str(exc.strerror)
+
+
+async def serve(config: Config, on_ready: Callable[[Server], None] | None = None) -> None:
+    """Serve until SIGTERM or SIGINT. on_ready is called once, when clients can connect.
+
+    Raises ListenError and HostKeyError before that.
+    """
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    reset_signals()
+    async with Server(config) as server:
+        if on_ready is not None:
+            on_ready(server)
+        await stop.wait()
+        log.info("shutting down", sessions=server.session_count)

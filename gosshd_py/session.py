@@ -1,0 +1,161 @@
+"""One session: bytes between a program and a channel until the first end, then close once.
+
+This room knows neither SSH nor the operating system, only the protocols below. Whatever ends
+a session (the program, the client, the network, the server, a bug of ours), it leaves through
+the same two blocks of `run_session`, so nothing is closed twice and nothing is forgotten.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from contextlib import aclosing
+from typing import Any, Protocol
+
+from .lifecycle import Cause, Ending, Event, ExitStatus, Life, Listener
+
+INPUT_GRACE = 0.2
+"""Seconds in which a program may take what a client sent just before its CLOSE."""
+
+
+class Source(Protocol):
+    """Where bytes come from."""
+
+    async def read(self) -> bytes:
+        """Return bytes as soon as there are any; b"" at the end, and ever after."""
+
+
+class Sink(Protocol):
+    """Where bytes go."""
+
+    async def write(self, data: bytes) -> None:
+        """Deliver all of data; return when more is welcome. OSError: nobody reads any more."""
+
+
+class InputSink(Sink, Protocol):
+    """A sink that can be told that no more will come."""
+
+    async def write_eof(self) -> None:
+        """Let the reader see end of file, behind all that was written."""
+
+
+class Program(Protocol):
+    """Something that runs: on a pseudo-terminal, on pipes, or far away."""
+
+    stdin: InputSink
+    outputs: Sequence[Source]
+    """Standard output and, where it is apart, standard error."""
+
+    ended: asyncio.Future[ExitStatus]
+    """Done when the program has ended; output may still be on its way."""
+
+    async def aclose(self) -> None:
+        """Hang up, grace, kill, reap. May fail to be graceful, never to close; twice is silent."""
+
+
+class Channel(Protocol):
+    """The client's side of a session."""
+
+    stdin: Source
+    outputs: Sequence[Sink]
+
+    ended: asyncio.Future[Cause]
+    """Done when the client has gone, or when somebody wants the session to end."""
+
+    async def aclose(self, status: ExitStatus | None) -> None:
+        """EOF, exit-status, CLOSE, each with a deadline. Never fails to close; twice is silent."""
+
+
+async def run_session(
+    channel: Channel,
+    program: Program,
+    *,
+    listener: Listener | None = None,
+    drain_timeout: float = 1800.0,
+) -> Ending:
+    """Carry bytes between channel and program to the first end, close both, tell how it went.
+
+    drain_timeout: seconds that a client may take to accept what an ended program has left.
+    An error in our own code ends the session like everything else and is in the result.
+    """
+    life = Life(listener)
+    error: Exception | None = None
+    began = time.monotonic()
+    life.advance(Event.SPAWNED)
+    try:
+        async with aclosing(program):
+            try:
+                await _carry(channel, program, life, drain_timeout)
+            except Exception as exc:
+                error = exc
+                life.blame(Cause.ERROR)
+                life.advance(Event.CUT)
+        life.advance(Event.REAPED)
+    finally:
+        # The program goes first: only then is its exit status known, and no byte can follow EOF.
+        status = program.ended.result() if program.ended.done() else None
+        await channel.aclose(status)
+    life.advance(Event.CHANNEL_CLOSED)
+    cause = life.blame(Cause.ERROR)
+    return Ending(cause, status, life.bytes_in, life.bytes_out, time.monotonic() - began, error)
+
+
+async def _carry(channel: Channel, program: Program, life: Life, drain_timeout: float) -> None:
+    """Wait for the first end, name it, and leave nothing running."""
+    bridge = asyncio.create_task(_bridge(channel, program, life))
+    try:
+        await _first(bridge, program.ended, channel.ended)
+        if program.ended.done():
+            life.blame(Cause.SIGNALLED if program.ended.result().signal else Cause.EXITED)
+            life.advance(Event.PROGRAM_ENDED)
+            await _first(bridge, channel.ended, timeout=drain_timeout)
+        if bridge.done():
+            bridge.result()  # raises what went wrong in it
+            life.advance(Event.OUTPUT_ENDED)
+        else:
+            cause = channel.ended.result() if channel.ended.done() else Cause.CLIENT_STALLED
+            if life.blame(cause) is Cause.CLIENT_CLOSED:
+                await _first(bridge, timeout=INPUT_GRACE)
+            life.advance(Event.CUT)
+    finally:
+        bridge.cancel()
+        await asyncio.wait({bridge})
+
+
+async def _first(*ends: asyncio.Future[Any], timeout: float | None = None) -> None:
+    await asyncio.wait(ends, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+
+
+async def _bridge(channel: Channel, program: Program, life: Life) -> None:
+    """Do all the copying. Returns when the program has ended and its outputs are delivered."""
+    async with asyncio.TaskGroup() as copiers:
+        feeder = copiers.create_task(_copy_input(channel.stdin, program.stdin, life))
+        pairs = zip(program.outputs, channel.outputs, strict=False)
+        await asyncio.gather(*(_copy_output(source, sink, life) for source, sink in pairs))
+        await asyncio.wait({program.ended})  # not `await ended`: cancelling us must not cancel it
+        feeder.cancel()
+
+
+async def _copy_output(source: Source, sink: Sink, life: Life) -> None:
+    while data := await source.read():
+        try:
+            await sink.write(data)
+        except BrokenPipeError:
+            return  # the client has gone: channel.ended says why
+        life.bytes_out += len(data)
+
+
+async def _copy_input(source: Source, sink: InputSink, life: Life) -> None:
+    """Client EOF is a half-close: input ends, output keeps flowing (RFC 4254 §5.3)."""
+    try:
+        while data := await source.read():
+            await sink.write(data)
+            life.bytes_in += len(data)
+        await sink.write_eof()
+    except OSError:
+        # The program has closed its input. Its output still matters (`ssh host head -1`), and
+        # the client must be able to send the rest, or both would wait for each other.
+        while await source.read():
+            pass
+    life.advance(Event.CLIENT_EOF)
