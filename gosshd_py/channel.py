@@ -8,11 +8,10 @@ break act at once; a mistake in here or from the client ends this channel, not t
 from __future__ import annotations
 
 import asyncio
-import functools
 import re
 import signal
-from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from typing import Any, Protocol
 
@@ -21,6 +20,7 @@ import structlog
 from asyncssh.packet import SSHPacket
 
 from .lifecycle import Cause, ExitStatus, SpawnError, Start, Terminal, WindowSize
+from .modes import parse_modes
 
 log = structlog.get_logger()
 
@@ -38,12 +38,10 @@ CLOSE_TIMEOUT = 1.0
 """Seconds for each step of closing a channel."""
 
 SIGNALS = {
-    name: getattr(signal, f"SIG{name}") for name in "HUP INT KILL QUIT TERM USR1 USR2".split()
+    name: getattr(signal, f"SIG{name}")
+    for name in ("HUP", "INT", "KILL", "QUIT", "TERM", "USR1", "USR2")
 }
 """What a client may send; as in OpenSSH's sshd, not the ones that only crash (SEGV, ILL, …)."""
-
-TTY_OP_END = 0
-TTY_OP_RESERVED = 160
 
 _TERM = re.compile(rb"[A-Za-z0-9][A-Za-z0-9+._-]{0,63}")
 _ENV_NAME = re.compile(rb"[A-Za-z_][A-Za-z0-9_]{0,127}")
@@ -63,23 +61,6 @@ Starter = Callable[["Channel", Start], RunningProgram]
 
 
 # -- pure parts: bytes of a request → checked values, or ValueError ----------------------------
-
-
-def parse_modes(encoded: bytes) -> dict[int, int]:
-    """Decode terminal modes (RFC 4254 §8) to {opcode: value}. ValueError when cut short.
-
-    Opcodes from 160 on have no defined length, so the RFC says to stop there; a missing
-    TTY_OP_END at the very end is forgiven.
-    """
-    modes: dict[int, int] = {}
-    position = 0
-    while position < len(encoded) and TTY_OP_END < encoded[position] < TTY_OP_RESERVED:
-        value = encoded[position + 1 : position + 5]
-        if len(value) < 4:
-            raise ValueError("terminal modes are cut short")
-        modes[encoded[position]] = int.from_bytes(value, "big")
-        position += 5
-    return modes
 
 
 def parse_size(columns: int, rows: int, xpixel: int, ypixel: int, old: WindowSize) -> WindowSize:
@@ -127,7 +108,9 @@ class SessionChannel(asyncssh.SSHServerChannel[bytes]):
         super().__init__(conn, loop, True, False, False, 0, 0, None, "strict", WINDOW, 32768)
         self.channel = channel
 
-    def process_open(self, send_chan: int, send_window: int, send_pktsize: int, session: Any) -> None:
+    def process_open(
+        self, send_chan: int, send_window: int, send_pktsize: int, session: Any
+    ) -> None:
         """Refuse absurd packet sizes (RFC 4254 §5.1), then go on as usual."""
         if send_pktsize < MIN_PACKET:
             reason = f"a maximum packet size of {send_pktsize} bytes is too small"
@@ -169,24 +152,6 @@ for _name in _OVERRIDDEN:
 
 async def _refuse_open(reason: str) -> asyncssh.SSHServerSession[bytes]:
     raise asyncssh.ChannelOpenError(asyncssh.OPEN_ADMINISTRATIVELY_PROHIBITED, reason)
-
-
-def _local(refusal: Any = None) -> Callable[[Any], Any]:
-    """Keep an error of ours in this channel: asyncssh would end the whole connection."""
-
-    def decorate(method: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(method)
-        def guarded(self: Channel, *args: Any) -> Any:
-            try:
-                return method(self, *args)
-            except Exception:
-                log.exception("internal error", where=method.__qualname__)
-                self.end(Cause.ERROR)
-                return refusal
-
-        return guarded
-
-    return decorate
 
 
 class ChannelInput:
@@ -277,22 +242,29 @@ class Channel(asyncssh.SSHServerSession[bytes]):
         """The terminal that the client asked for, if it did."""
         return self._terminal
 
+    @contextmanager
+    def _contained(self, request: str) -> Iterator[None]:
+        """Keep an error of ours in this channel: asyncssh would end the whole connection for it."""
+        try:
+            yield
+        except Exception:
+            log.exception("internal error", request=request)
+            self.end(Cause.ERROR)
+
     # -- before the start ---------------------------------------------------------------------
 
-    @_local(refusal=False)
     def pty_req(self, term: bytes, sizes: list[int], modes: bytes) -> bool:
         """pty-req (RFC 4254 §6.2): once, before the start, with usable values."""
         if self._terminal is not None or self._started:
             return self._refuse("pty-req", "only one, and before the program starts")
+        columns, rows, xpixel, ypixel = sizes
         try:
-            columns, rows, xpixel, ypixel = sizes
             size = parse_size(columns, rows, xpixel, ypixel, WindowSize())
             self._terminal = Terminal(parse_term(term), size, parse_modes(modes))
         except ValueError as exc:
             return self._refuse("pty-req", str(exc))
         return True
 
-    @_local(refusal=False)
     def env_req(self, name: bytes, value: bytes) -> bool:
         """env (RFC 4254 §6.4): before the start, and only what the configuration names."""
         full = len(self._env) >= MAX_ENV and name.decode("latin-1") not in self._env
@@ -309,23 +281,21 @@ class Channel(asyncssh.SSHServerSession[bytes]):
         """subsystem (RFC 4254 §6.5)."""
         return self.start("subsystem", subsystem.encode("ascii"))
 
-    @_local(refusal=False)
     def start(self, kind: str, command: bytes = b"") -> bool:
         """Start the program, once. A refusal says why on the client's standard error."""
         if self._started:
             return self._refuse(kind, "a program has been started on this channel")
         self._started = True
-        try:
-            if b"\0" in command:
-                raise SpawnError("the command holds a NUL byte")
-            request = Start(kind, command, self._env, self._terminal)
-            self._program = self._start(self, request)
-        except SpawnError as exc:
-            self.notice(f"gosshd: {exc}")
-            # Nothing can follow on this channel; its CLOSE goes out behind the refusal.
-            asyncio.get_running_loop().call_soon(self.wire.close)
-            return False
-        return True
+        with self._contained(kind):
+            try:
+                request = Start(kind, command, self._env, self._terminal)
+                self._program = self._start(self, request)
+                return True
+            except SpawnError as exc:
+                self.notice(f"gosshd: {exc}")
+        # Nothing can follow on this channel; its CLOSE goes out behind the refusal.
+        asyncio.get_running_loop().call_soon(self.wire.close)
+        return False
 
     def _refuse(self, request: str, reason: str) -> bool:
         log.info("request refused", request=request, reason=reason)
@@ -351,27 +321,27 @@ class Channel(asyncssh.SSHServerSession[bytes]):
         self.stdin.feed_eof()
         return True
 
-    @_local()
     def terminal_size_changed(self, width: int, height: int, pixwidth: int, pixheight: int) -> None:
         """window-change (RFC 4254 §6.7). An impossible size changes nothing."""
         if self._terminal is None:
             return
-        with suppress(ValueError):
+        with self._contained("window-change"), suppress(ValueError):
             size = parse_size(width, height, pixwidth, pixheight, self._terminal.size)
             self._terminal = Terminal(self._terminal.term, size, self._terminal.modes)
             if self._program is not None:
                 self._program.resize(size)
 
-    @_local()
     def signal_received(self, signal: str) -> None:
         """signal (RFC 4254 §6.9). Unknown and forbidden names change nothing."""
-        if self._program is not None and signal in SIGNALS:
-            self._program.send_signal(SIGNALS[signal])
+        with self._contained("signal"):
+            if self._program is not None and signal in SIGNALS:
+                self._program.send_signal(SIGNALS[signal])
 
-    @_local(refusal=False)
     def break_received(self, msec: int) -> bool:
         """break (RFC 4335)."""
-        return self._program is not None and self._program.send_break()
+        with self._contained("break"):
+            return self._program is not None and self._program.send_break()
+        return False
 
     def pause_writing(self) -> None:
         """The client's window is full."""

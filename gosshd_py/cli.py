@@ -45,7 +45,9 @@ def _settings(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def _config(file: str | None, flags: dict[str, Any]) -> Config:
     try:
-        return load_config(file, {key: value for key, value in flags.items() if value not in (None, ())})
+        return load_config(
+            file, {key: value for key, value in flags.items() if value not in (None, ())}
+        )
     except ConfigError as exc:
         _fail(2, *exc.problems)
 
@@ -64,7 +66,7 @@ def _fail(code: int, *lines: str) -> NoReturn:
 @_settings
 @click.version_option(__version__, prog_name="gosshd")
 @click.pass_context
-def main(context: click.Context, config: str | None, **flags: Any) -> None:
+def main(context: click.Context, /, config: str | None, **flags: Any) -> None:
     """Serve shells over SSH: bash on a pseudo-terminal for everybody who connects.
 
     Without a command: serve until SIGTERM or ^C.
@@ -84,19 +86,19 @@ def _serve(config: Config) -> None:
 
 def _announce(server: Server) -> None:
     """Say that clients can connect, and give what they need to know that it is us."""
-    host, port = server.addresses[0]
+    port = server.addresses[0].port
     for address in server.addresses:
         click.echo(f"listening on {address}")
     for key in server.host_keys:
         click.echo(f"host key {fingerprint(key)} ({key.get_algorithm()})")
-    local = known_hosts_lines(server.addresses, server.host_keys)
-    click.echo(f"known_hosts line: {local[0]}")
-    name = local[0].split()[0].split(":")[0].strip("[]") if port != 22 else local[0].split()[0]
-    click.echo(f"connect with: ssh anyuser@{name}" + (f" -p {port}" if port != 22 else ""))
+    line = known_hosts_lines(server.addresses, server.host_keys)[0]
+    click.echo(f"known_hosts line: {line}")
+    host = line.split()[0].split(":")[0].strip("[]")
+    click.echo(f"connect with: ssh anyuser@{host}" + (f" -p {port}" if port != 22 else ""))
     sys.stdout.flush()
 
 
-def _with_settings(context: click.Context, config: str | None, flags: dict[str, Any]) -> Config:
+def _with_settings(context: click.Context, /, config: str | None, flags: dict[str, Any]) -> Config:
     """The settings given before the command's name, overridden by those behind it."""
     outer_config, outer = context.obj
     given = {key: value for key, value in flags.items() if value not in (None, ())}
@@ -106,16 +108,18 @@ def _with_settings(context: click.Context, config: str | None, flags: dict[str, 
 @main.command()
 @_settings
 @click.pass_context
-def check(context: click.Context, config: str | None, **flags: Any) -> None:
+def check(context: click.Context, /, config: str | None, **flags: Any) -> None:
     """Check the configuration without serving; every problem gets a line."""
     settings = _with_settings(context, config, flags)
-    click.echo(f"{config or context.obj[0] or 'configuration'}: good; listens on {', '.join(settings.listen)}")
+    click.echo(
+        f"{config or context.obj[0] or 'configuration'}: good; listens on {', '.join(settings.listen)}"
+    )
 
 
 @main.command("known-hosts")
 @_settings
 @click.pass_context
-def known_hosts(context: click.Context, config: str | None, **flags: Any) -> None:
+def known_hosts(context: click.Context, /, config: str | None, **flags: Any) -> None:
     """Print the known_hosts lines of the configured listeners."""
     settings = _with_settings(context, config, flags)
     if any(port == 0 for _, port in settings.addresses):
@@ -127,7 +131,7 @@ def known_hosts(context: click.Context, config: str | None, **flags: Any) -> Non
 @main.command()
 @_settings
 @click.pass_context
-def keys(context: click.Context, config: str | None, **flags: Any) -> None:
+def keys(context: click.Context, /, config: str | None, **flags: Any) -> None:
     """List the host keys with their fingerprints."""
     settings = _with_settings(context, config, flags)
     for key in _keys(settings):

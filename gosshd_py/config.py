@@ -5,6 +5,7 @@ Every problem is found before anything is used: a file with three mistakes gets 
 
 from __future__ import annotations
 
+import difflib
 import ipaddress
 import os
 import pwd
@@ -145,7 +146,9 @@ def _read(file: str) -> str:
     except OSError as exc:
         raise ConfigError([f"{file}: {exc.strerror}"]) from exc
     except UnicodeDecodeError as exc:
-        raise ConfigError([f"{file}: byte {exc.start} is not UTF-8; save the file as UTF-8"]) from exc
+        raise ConfigError(
+            [f"{file}: byte {exc.start} is not UTF-8; save the file as UTF-8"]
+        ) from exc
 
 
 def _parse(file: str, text: str) -> dict[str, Any]:
@@ -165,8 +168,6 @@ def _place(file: str, text: str, key: str) -> str:
 
 
 def _nearest(key: str, known: Mapping[str, Any]) -> str:
-    import difflib  # only for this message
-
     close = difflib.get_close_matches(key, known, n=1)
     return f"; did you mean {close[0]}?" if close else f"; known are {', '.join(known)}"
 
@@ -211,7 +212,9 @@ def _check(config: Config) -> list[tuple[str, str]]:
 
 def _check_run_as(name: str) -> list[str]:
     if os.geteuid() != 0:
-        return [f"only root may run shells as {name}; start the server as root, or leave run_as out"]
+        return [
+            f"only root may run shells as {name}; start the server as root, or leave run_as out"
+        ]
     try:
         pwd.getpwnam(name)
     except KeyError:

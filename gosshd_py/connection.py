@@ -115,7 +115,7 @@ class Connection(asyncssh.SSHServer):
         return program
 
     def _spawn(self, request: Start) -> PtyProgram | PipeProgram:
-        assert self.account is not None
+        assert self.account is not None  # noqa: S101  # asyncssh opens no channel before login
         if request.kind == "subsystem":
             name = request.command.decode("ascii")
             raise SpawnError(f"there is no subsystem {name!r} on this server")

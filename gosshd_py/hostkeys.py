@@ -49,7 +49,7 @@ def _make_key(path: Path) -> None:
     except FileExistsError:
         pass  # another server has just made one: use that
     finally:
-        os.unlink(temporary)
+        Path(temporary).unlink()
 
 
 def _load_key(path: Path) -> asyncssh.SSHKey:
@@ -59,10 +59,14 @@ def _load_key(path: Path) -> asyncssh.SSHKey:
     if not stat.S_ISREG(status.st_mode):
         raise HostKeyError(f"{path} is not a regular file")
     if status.st_uid not in (os.geteuid(), 0):
-        raise HostKeyError(f"{path} belongs to uid {status.st_uid}; run: chown {os.geteuid()} {path}")
+        raise HostKeyError(
+            f"{path} belongs to uid {status.st_uid}; run: chown {os.geteuid()} {path}"
+        )
     if status.st_mode & 0o077:
         mode = stat.S_IMODE(status.st_mode)
-        raise HostKeyError(f"{path} has mode {mode:04o}, so others can read it; run: chmod 600 {path}")
+        raise HostKeyError(
+            f"{path} has mode {mode:04o}, so others can read it; run: chmod 600 {path}"
+        )
     try:
         return asyncssh.import_private_key(data)
     except asyncssh.KeyEncryptionError as exc:
@@ -78,9 +82,7 @@ def fingerprint(key: asyncssh.SSHKey) -> str:
     return key.get_fingerprint("sha256")
 
 
-def known_hosts_lines(
-    addresses: Iterable[Address], keys: Sequence[asyncssh.SSHKey]
-) -> list[str]:
+def known_hosts_lines(addresses: Iterable[Address], keys: Sequence[asyncssh.SSHKey]) -> list[str]:
     """Lines for ~/.ssh/known_hosts, one for each name that clients use and each key (sshd(8)).
 
     Loopback addresses are reached as localhost; a wildcard address by this machine's name too.

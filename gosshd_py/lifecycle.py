@@ -71,7 +71,9 @@ def diagram() -> str:
     """The table as a Mermaid state diagram: the one that the README shows."""
     name = {state: state.value.replace(" ", "_") for state in State}
     lines = ["stateDiagram-v2", f"    [*] --> {name[State.OPEN]}: shell, exec or subsystem request"]
-    lines += [f"    {name[old]} --> {name[new]}: {event}" for (old, event), new in TRANSITIONS.items()]
+    lines += [
+        f"    {name[old]} --> {name[new]}: {event}" for (old, event), new in TRANSITIONS.items()
+    ]
     return "\n".join([*lines, f"    {name[State.CLOSED]} --> [*]"])
 
 
@@ -113,7 +115,9 @@ class ExitStatus:
     @property
     def signal_name(self) -> str:
         """The RFC's name without SIG; a name that the RFC lacks gets a domain, as it asks."""
-        name = signal.Signals(self.signal).name.removeprefix("SIG") if self.signal in _SIGNALS else ""
+        name = (
+            signal.Signals(self.signal).name.removeprefix("SIG") if self.signal in _SIGNALS else ""
+        )
         return name if name in _RFC_SIGNALS else f"{name or self.signal}@gosshd"
 
     def __str__(self) -> str:
@@ -121,7 +125,23 @@ class ExitStatus:
 
 
 _SIGNALS = set(signal.Signals)
-_RFC_SIGNALS = frozenset("ABRT ALRM FPE HUP ILL INT KILL PIPE QUIT SEGV TERM USR1 USR2".split())
+_RFC_SIGNALS = frozenset(
+    (
+        "ABRT",
+        "ALRM",
+        "FPE",
+        "HUP",
+        "ILL",
+        "INT",
+        "KILL",
+        "PIPE",
+        "QUIT",
+        "SEGV",
+        "TERM",
+        "USR1",
+        "USR2",
+    )
+)
 
 
 @dataclass(frozen=True, slots=True)

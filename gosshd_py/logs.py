@@ -19,11 +19,16 @@ MAX_TEXT = 256
 def clean(text: str) -> str:
     """Escape what could move a cursor or forge a line, and cap the length."""
     cut = text[:MAX_TEXT]
-    escaped = "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in cut)
+    escaped = "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode()
+        for c in cut
+    )
     return escaped if len(text) <= MAX_TEXT else f"{escaped}… ({len(text)} characters)"
 
 
-def _clean_values(_: object, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+def _clean_values(
+    _: object, __: str, event: structlog.typing.EventDict
+) -> structlog.typing.EventDict:
     return {
         key: clean(value) if isinstance(value, str) and key != "exception" else value
         for key, value in event.items()

@@ -47,7 +47,9 @@ class PipeProgram:
             for _ in range(3):
                 fds += os.pipe()
             in_read, in_write, out_read, out_write, err_read, err_write = fds
-            child = spawn(command, stdin=in_read, stdout=out_write, stderr=err_write, terminal=False)
+            child = spawn(
+                command, stdin=in_read, stdout=out_write, stderr=err_write, terminal=False
+            )
         except (OSError, SpawnError) as exc:
             for fd in fds:
                 os.close(fd)

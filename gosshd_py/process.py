@@ -55,6 +55,8 @@ def spawn(command: Command, *, stdin: int, stdout: int, stderr: int, terminal: b
     exec is done by setpriv(1) and a POSIX shell, which then become the program.
     """
     program = command.argv[0]
+    if any("\0" in os.fsdecode(word) for word in command.argv):
+        raise SpawnError("the command holds a NUL byte, which no argument can")
     if not os.access(program, os.X_OK):
         raise SpawnError(f"{os.fsdecode(program)}: not found or not executable on this server")
     script = (_TAKE_TERMINAL if terminal else "") + _CHDIR + _EXEC

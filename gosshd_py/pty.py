@@ -14,14 +14,13 @@ import os
 import select
 import struct
 import termios
-from collections.abc import Mapping
 from contextlib import suppress
 from grp import getgrnam
-from typing import Any
 
-from ptyprocess import PtyProcess  # type: ignore[import-untyped]  # it ships no types
+from ptyprocess import PtyProcess
 
 from .lifecycle import ExitStatus, SpawnError, Terminal, WindowSize
+from .modes import set_modes
 from .process import Child, Command, Descriptor, spawn
 
 QUIET = 0.25
@@ -35,9 +34,7 @@ The kernel holds about 22 KiB of a pty's output, so nothing that the program wro
 REOPEN_WAIT = 0.1
 """Seconds between looks at a terminal that no process has open just now."""
 
-# From Linux's headers; Python's termios lacks them.
-TIOCGPTPEER = 0x5441  # the slave of a master, opened without its name
-IUTF8 = 0x4000  # erase a whole UTF-8 character, not a byte
+TIOCGPTPEER = 0x5441  # from Linux's headers: the slave of a master, opened without its name
 
 
 class PtyHandle(PtyProcess):  # type: ignore[misc]  # no types
@@ -182,7 +179,9 @@ class PtyProgram:
         while True:
             await asyncio.sleep(pause)  # no event tells of this: look, ever more rarely
             pause = min(2 * pause, 0.05)
-            slave = fcntl.ioctl(self._master.fd, TIOCGPTPEER, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
+            slave = fcntl.ioctl(
+                self._master.fd, TIOCGPTPEER, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC
+            )
             try:
                 poll = select.poll()
                 poll.register(slave, select.POLLIN)
@@ -243,46 +242,3 @@ def set_size(fd: int, size: WindowSize) -> None:
     """TIOCSWINSZ. ptyprocess's setwinsize() would lose the size in pixels."""
     winsize = struct.pack("HHHH", size.rows, size.columns, size.xpixel, size.ypixel)
     fcntl.ioctl(fd, termios.TIOCSWINSZ, winsize)
-
-
-def set_modes(fd: int, modes: Mapping[int, int]) -> None:
-    """Apply the modes of a pty-req: {opcode: value} (RFC 4254 §8). Unknown ones are ignored."""
-    attributes = termios.tcgetattr(fd)
-    for opcode, value in modes.items():
-        _set_mode(attributes, opcode, value)
-    termios.tcsetattr(fd, termios.TCSANOW, attributes)
-
-
-def _set_mode(attributes: list[Any], opcode: int, value: int) -> None:
-    if opcode in _CHARACTERS:
-        index = getattr(termios, _CHARACTERS[opcode], None)
-        if index is not None:  # 255 stands for "disabled" on the wire
-            attributes[6][index] = bytes([0 if value >= 255 else value])
-    elif opcode in _FLAGS:
-        word, name = _FLAGS[opcode]
-        flag = IUTF8 if name == "IUTF8" else getattr(termios, name, 0)
-        attributes[word] = attributes[word] | flag if value else attributes[word] & ~flag
-    elif opcode in _CHARACTER_SIZES and value:
-        attributes[2] = attributes[2] & ~termios.CSIZE | _CHARACTER_SIZES[opcode]
-    elif opcode in _SPEEDS and (speed := getattr(termios, f"B{value}", 0)):
-        attributes[_SPEEDS[opcode]] = speed
-
-
-def _table(first: int, names: str) -> dict[int, str]:
-    return {opcode: name for opcode, name in enumerate(names.split(), first) if name != "-"}
-
-
-# RFC 4254 §8 and RFC 8160 (IUTF8). "-": not known to Linux.
-_CHARACTERS = _table(1, "VINTR VQUIT VERASE VKILL VEOF VEOL VEOL2 VSTART VSTOP VSUSP - VREPRINT VWERASE VLNEXT - - - VDISCARD")
-_FLAGS = {
-    opcode: (word, name)
-    for word, table in (
-        (0, _table(30, "IGNPAR PARMRK INPCK ISTRIP INLCR IGNCR ICRNL IUCLC IXON IXANY IXOFF IMAXBEL IUTF8")),
-        (3, _table(50, "ISIG ICANON XCASE ECHO ECHOE ECHOK ECHONL NOFLSH TOSTOP IEXTEN ECHOCTL ECHOKE PENDIN")),
-        (1, _table(70, "OPOST OLCUC ONLCR OCRNL ONOCR ONLRET")),
-        (2, _table(92, "PARENB PARODD")),
-    )
-    for opcode, name in table.items()
-}
-_CHARACTER_SIZES = {90: termios.CS7, 91: termios.CS8}
-_SPEEDS = {128: 4, 129: 5}

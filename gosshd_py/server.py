@@ -14,17 +14,17 @@ import asyncssh
 import structlog
 
 from .channel import Channel
-from .config import DEFAULT_LISTEN, Address, Config
+from .config import Address, Config
 from .connection import Connection
 from .hostkeys import load_host_keys
 from .lifecycle import Cause, Start
+from .listen import BACKLOG, ListenError, open_sockets
 from .process import reset_signals
 from .session import Program, run_session
 
-log = structlog.get_logger()
+__all__ = ["ListenError", "Server", "serve"]
 
-BACKLOG = 1024
-"""Connections that the kernel holds until we accept; asyncio's 100 make a burst wait for seconds."""
+log = structlog.get_logger()
 
 LEAVE_TIME = 0.5
 """Seconds that clients get, at shutdown, to leave by themselves after their last CLOSE."""
@@ -39,10 +39,6 @@ CIPHERS = (
     "aes128-ctr",
 )
 MACS = ("hmac-sha2-256-etm@openssh.com", "hmac-sha2-512-etm@openssh.com")
-
-
-class ListenError(Exception):
-    """An address cannot be listened on; the text says which and why."""
 
 
 class Server:
@@ -160,55 +156,6 @@ class Server:
         for connection in list(self.connections):
             connection.disconnect()
             await connection.conn.wait_closed()
-
-
-def open_sockets(config: Config) -> list[socket.socket]:
-    """Bind the configured addresses. Raises ListenError.
-
-    With port 0 the first address gets any free port and its siblings try for the same. The
-    default ::1 may be missing, as on machines without IPv6; an address that you name may not.
-    """
-    sockets: list[socket.socket] = []
-    chosen = 0
-    try:
-        for host, port in config.addresses:
-            optional = config.listen == DEFAULT_LISTEN and host == "::1"
-            try:
-                found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-                for family, *_, address in found:
-                    target = (address[0], port or chosen, *address[2:])
-                    sockets.append(_bind(family, target))
-                    chosen = chosen or (sockets[-1].getsockname()[1] if port == 0 else 0)
-            except OSError as exc:
-                if not optional:
-                    raise ListenError(f"cannot listen on {Address(host, port)}: {_why(exc)}") from exc
-    except BaseException:
-        for sock in sockets:
-            sock.close()
-        raise
-    return sockets
-
-
-def _bind(family: int, address: tuple[object, ...]) -> socket.socket:
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        sock.bind(address)
-        sock.listen(BACKLOG)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
-
-
-def _why(exc: OSError) -> str:
-    remedies = {
-        98: "another server uses it; stop that one, or choose a port with --listen 127.0.0.1:2223",
-        13: "ports below 1024 need root; choose a higher one with --listen",
-    }
-    return f"{exc.strerror}; {remedies[exc.errno]}" if exc.errno in remedies else str(exc.strerror)
 
 
 async def serve(config: Config, on_ready: Callable[[Server], None] | None = None) -> None:

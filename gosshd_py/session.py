@@ -43,9 +43,12 @@ class InputSink(Sink, Protocol):
 class Program(Protocol):
     """Something that runs: on a pseudo-terminal, on pipes, or far away."""
 
-    stdin: InputSink
-    outputs: Sequence[Source]
-    """Standard output and, where it is apart, standard error."""
+    @property
+    def stdin(self) -> InputSink: ...
+
+    @property
+    def outputs(self) -> Sequence[Source]:
+        """Standard output and, where it is apart, standard error."""
 
     ended: asyncio.Future[ExitStatus]
     """Done when the program has ended; output may still be on its way."""
@@ -57,8 +60,11 @@ class Program(Protocol):
 class Channel(Protocol):
     """The client's side of a session."""
 
-    stdin: Source
-    outputs: Sequence[Sink]
+    @property
+    def stdin(self) -> Source: ...
+
+    @property
+    def outputs(self) -> Sequence[Sink]: ...
 
     ended: asyncio.Future[Cause]
     """Done when the client has gone, or when somebody wants the session to end."""
@@ -109,22 +115,22 @@ async def _carry(channel: Channel, program: Program, life: Life, drain_timeout: 
         if program.ended.done():
             life.blame(Cause.SIGNALLED if program.ended.result().signal else Cause.EXITED)
             life.advance(Event.PROGRAM_ENDED)
-            await _first(bridge, channel.ended, timeout=drain_timeout)
+            await _first(bridge, channel.ended, within=drain_timeout)
         if bridge.done():
             bridge.result()  # raises what went wrong in it
             life.advance(Event.OUTPUT_ENDED)
         else:
             cause = channel.ended.result() if channel.ended.done() else Cause.CLIENT_STALLED
             if life.blame(cause) is Cause.CLIENT_CLOSED:
-                await _first(bridge, timeout=INPUT_GRACE)
+                await _first(bridge, within=INPUT_GRACE)
             life.advance(Event.CUT)
     finally:
         bridge.cancel()
         await asyncio.wait({bridge})
 
 
-async def _first(*ends: asyncio.Future[Any], timeout: float | None = None) -> None:
-    await asyncio.wait(ends, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+async def _first(*ends: asyncio.Future[Any], within: float | None = None) -> None:
+    await asyncio.wait(ends, timeout=within, return_when=asyncio.FIRST_COMPLETED)
 
 
 async def _bridge(channel: Channel, program: Program, life: Life) -> None:

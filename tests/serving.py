@@ -1,0 +1,165 @@
+"""What tests need to run a server, look into it, and talk to it with the real clients."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import asyncssh
+import paramiko
+import pexpect
+
+ROOT = Path(__file__).parent.parent
+SOAK = os.environ.get("GOSSHD_SOAK") == "1"
+
+
+def ptys() -> int:
+    """Pseudo-terminals that exist on this machine."""
+    return int(Path("/proc/sys/kernel/pty/nr").read_text())
+
+
+def wait_for(what: str, condition: Callable[[], object], seconds: float = 10.0) -> float:
+    """Wait for an event that can only be looked for. Returns how long it took."""
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < seconds, f"not within {seconds} s: {what}"
+        time.sleep(0.005)
+    return time.monotonic() - began
+
+
+def alive(pid: int) -> bool:
+    """Whether the process runs; a zombie does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+class Served:
+    """A running server process (tests/served.py) and the ways into it."""
+
+    def __init__(self, directory: Path, **settings: Any) -> None:
+        self.directory = directory
+        self.log_file = directory / "log"
+        settings = {"listen": ["127.0.0.1:0"], "hostkeys": str(directory / "hostkeys"), **settings}
+        with self.log_file.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "tests.served"],
+                cwd=ROOT,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+            )
+        ready = self.ask(json.dumps(settings))
+        self.host, self.port = ready["addresses"][0]
+        self.known_hosts = directory / "known_hosts"
+        self.known_hosts.write_text("\n".join(ready["known_hosts"]) + "\n")
+
+    def ask(self, line: str, seconds: float = 20.0) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(line.encode() + b"\n")
+        self.process.stdin.flush()
+        readable, _, _ = select.select([self.process.stdout], [], [], seconds)
+        answer = self.process.stdout.readline() if readable else b""
+        assert answer, f"the server does not answer:\n{self.log_file.read_text()[-4000:]}"
+        return json.loads(answer)
+
+    def stats(self) -> dict[str, int]:
+        return self.ask("stats")
+
+    def log(self) -> list[dict[str, Any]]:
+        """Every log event so far."""
+        lines = self.log_file.read_text().splitlines()
+        return [json.loads(line) for line in lines if line.startswith("{")]
+
+    def events(self, name: str, **facts: Any) -> list[dict[str, Any]]:
+        """The log events of that name and with those facts."""
+        return [
+            event
+            for event in self.log()
+            if event["event"] == name and all(event.get(key) == facts[key] for key in facts)
+        ]
+
+    def stop(self) -> int:
+        """Stop as an administrator would; returns the exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        status = self.process.wait(10)
+        for pipe in (self.process.stdin, self.process.stdout):
+            assert pipe is not None
+            pipe.close()
+        return status
+
+    # -- clients ------------------------------------------------------------------------------
+
+    def ssh_argv(self, *args: str, user: str = "anyuser") -> list[str]:
+        """The real client, host key checked, nobody's own configuration."""
+        return [
+            *("ssh", "-F", "none", "-p", str(self.port), "-l", user),
+            *("-o", f"UserKnownHostsFile={self.known_hosts}", "-o", "StrictHostKeyChecking=yes"),
+            *("-o", "BatchMode=yes", "-o", "LogLevel=ERROR", "-o", "IdentityAgent=none"),
+            *(arg if arg != "HOST" else "localhost" for arg in (args if "HOST" in args else ("HOST", *args))),
+        ]
+
+    def ssh(
+        self, *args: str, stdin: bytes | None = b"", timeout: float = 20.0, user: str = "anyuser", **env: str
+    ) -> subprocess.CompletedProcess[bytes]:
+        """Run the client to its end. Put options before a word HOST, the command behind it."""
+        return subprocess.run(
+            self.ssh_argv(*args, user=user),
+            input=stdin,
+            capture_output=True,
+            timeout=timeout,
+            check=False,
+            env={"PATH": os.environ["PATH"], "HOME": str(self.directory), **env},
+        )
+
+    def terminal(self, *args: str, dimensions: tuple[int, int] = (24, 80), **kwargs: Any) -> Any:
+        """An interactive client under pexpect."""
+        argv = self.ssh_argv(*(args or ("-tt", "HOST")))
+        env = {"PATH": os.environ["PATH"], "HOME": str(self.directory), "TERM": "xterm-256color"}
+        return pexpect.spawn(
+            argv[0], argv[1:], env=env, dimensions=dimensions, timeout=10, **kwargs
+        )
+
+    async def connect(self, **options: Any) -> asyncssh.SSHClientConnection:
+        """An asyncssh client."""
+        return await asyncssh.connect(
+            self.host,
+            self.port,
+            username="anyuser",
+            known_hosts=str(self.known_hosts),
+            config=None,
+            agent_path=None,
+            client_keys=None,
+            gss_host=None,
+            **options,
+        )
+
+    @contextmanager
+    def paramiko(self) -> Iterator[paramiko.Transport]:
+        """A Paramiko transport, for requests that no client makes."""
+        transport = paramiko.Transport((self.host, self.port))
+        try:
+            transport.start_client(timeout=10)
+            transport.auth_none("anyuser")
+            yield transport
+        finally:
+            transport.close()
+            transport.join(5)
+
+
+def run(coroutine: Any, seconds: float = 120.0) -> Any:
+    """Run an asyncssh client to its end, but not longer."""
+    return asyncio.run(asyncio.wait_for(coroutine, seconds))
