@@ -6,6 +6,7 @@ lengths capped here, once, for every value that is ever logged.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from typing import Any, TextIO
@@ -35,6 +36,17 @@ def _clean_values(
     }
 
 
+class _Forward(logging.Handler):
+    """Libraries log by `logging`; their warnings and errors take the same way as ours."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # asyncio writes this for each packet to a client that has just vanished; "connection
+        # closed" says it once.
+        if record.getMessage() != "socket.send() raised exception.":
+            log = structlog.get_logger()
+            log.log(record.levelno, record.getMessage(), logger=record.name, exc_info=record.exc_info)
+
+
 def configure(log_format: str = "text", stream: TextIO | None = None) -> None:
     """Set up structlog for the whole process. log_format: "text" or "json"."""
     stream = stream or sys.stderr
@@ -55,3 +67,4 @@ def configure(log_format: str = "text", stream: TextIO | None = None) -> None:
         logger_factory=structlog.PrintLoggerFactory(stream),
         cache_logger_on_first_use=False,
     )
+    logging.basicConfig(handlers=[_Forward()], level=logging.WARNING, force=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import functools
 import signal
 import socket
@@ -59,6 +60,7 @@ class Server:
 
     async def __aenter__(self) -> Self:
         """Start to listen. Raises ListenError and HostKeyError."""
+        asyncio.get_running_loop().set_exception_handler(_log_loop_error)
         self.host_keys = load_host_keys(self.config.hostkeys_dir)
         sockets = open_sockets(self.config)
         try:
@@ -156,6 +158,15 @@ class Server:
         for connection in list(self.connections):
             connection.disconnect()
             await connection.conn.wait_closed()
+
+
+def _log_loop_error(_: asyncio.AbstractEventLoop, context: dict[str, object]) -> None:
+    exc = context.get("exception")
+    if isinstance(exc, OSError) and exc.errno in (errno.EMFILE, errno.ENFILE):
+        # asyncio has paused accepting for a second and goes on by itself.
+        log.error("connection not accepted", reason=f"out of file descriptors: {exc.strerror}")
+    else:
+        log.error(str(context["message"]), exc_info=exc)
 
 
 async def serve(config: Config, on_ready: Callable[[Server], None] | None = None) -> None:

@@ -46,6 +46,8 @@ def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
     before, ptys_before = (shared.stats() if shared else {}), ptys()
     logged = len(shared.log()) if shared else 0
     yield
+    for served in _running:
+        served.close_terminals()
     deadline = time.monotonic() + 8
     while True:
         after = shared.stats() if shared else {}

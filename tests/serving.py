@@ -50,6 +50,7 @@ class Served:
 
     def __init__(self, directory: Path, **settings: Any) -> None:
         self.directory = directory
+        self.terminals: list[Any] = []
         self.log_file = directory / "log"
         settings = {"listen": ["127.0.0.1:0"], "hostkeys": str(directory / "hostkeys"), **settings}
         with self.log_file.open("ab") as log:
@@ -129,9 +130,16 @@ class Served:
         """An interactive client under pexpect."""
         argv = self.ssh_argv(*(args or ("-tt", "HOST")))
         env = {"PATH": os.environ["PATH"], "HOME": str(self.directory), "TERM": "xterm-256color"}
-        return pexpect.spawn(
+        spawned = pexpect.spawn(
             argv[0], argv[1:], env=env, dimensions=dimensions, timeout=10, **kwargs
         )
+        self.terminals.append(spawned)
+        return spawned
+
+    def close_terminals(self) -> None:
+        """End every client that a test has left at its terminal."""
+        while self.terminals:
+            self.terminals.pop().close(force=True)
 
     async def connect(self, **options: Any) -> asyncssh.SSHClientConnection:
         """An asyncssh client."""
