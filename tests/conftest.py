@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from .serving import SOAK, Served, ptys
+from .serving import SOAK, Served
 
 WATCHDOG = 900 if SOAK else 90
 """Seconds after which a test that hangs becomes a failure, with everybody's stacks."""
@@ -43,7 +43,7 @@ def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
     shared: Served | None = None
     if "server" in request.fixturenames:
         shared = request.getfixturevalue("server")
-    before, ptys_before = (shared.stats() if shared else {}), ptys()
+    before = shared.stats() if shared else {}
     logged = len(shared.log()) if shared else 0
     yield
     for served in _running:
@@ -51,10 +51,8 @@ def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
     deadline = time.monotonic() + 8
     while True:
         after = shared.stats() if shared else {}
-        keys = ("fds", "tasks", "children", "sessions", "connections")
+        keys = ("fds", "ptys", "tasks", "children", "sessions", "connections")
         left = {key: (before[key], after[key]) for key in keys if shared and after[key] > before[key]}
-        if ptys() > ptys_before:
-            left["ptys"] = (ptys_before, ptys())
         if not left:
             break
         assert time.monotonic() < deadline, f"left behind (before, after): {left}"

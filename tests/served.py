@@ -28,8 +28,10 @@ def stats(server: Server) -> dict[str, int]:
     gc.collect()
     children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
     status = Path("/proc/self/status").read_text()
+    fds = [os.readlink(fd) for fd in Path("/proc/self/fd").iterdir() if fd.is_symlink()]
     return {
-        "fds": len(os.listdir("/proc/self/fd")) - 1,  # the listing itself
+        "fds": len(fds),
+        "ptys": sum(fd.endswith("ptmx") for fd in fds),
         "tasks": len(asyncio.all_tasks()),
         "children": len(children),
         "sessions": server.session_count,

@@ -1,0 +1,231 @@
+"""Commands without a terminal: statuses, half-closes, and bytes that all arrive."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import signal
+import subprocess
+import time
+
+import asyncssh
+import pytest
+
+from .serving import Served, alive, run, wait_for
+
+
+def test_stdout_and_stderr_are_apart_and_the_status_is_exact(server: Served) -> None:
+    result = server.ssh("echo out; echo err >&2; test -t 0 || exit 201")
+    assert (result.stdout, result.stderr, result.returncode) == (b"out\n", b"err\n", 201)
+
+
+@pytest.mark.parametrize(
+    ("number", "name"),
+    [(9, "KILL"), (15, "TERM"), (11, "SEGV"), (13, "PIPE"), (24, "XCPU@gosshd"), (34, "34@gosshd")],
+)
+def test_a_killed_program_is_reported_by_the_rfcs_signal_name(server: Served, number: int, name: str) -> None:
+    async def main() -> asyncssh.SSHCompletedProcess:
+        async with await server.connect() as conn:
+            return await conn.run(f"ulimit -c 0; kill -{number} $$; sleep 5")
+
+    if number == 34:
+        number = signal.SIGRTMIN
+        name = "RTMIN@gosshd"
+    result = run(main())
+    assert result.exit_signal[0] == name
+
+
+def test_a_shell_without_a_terminal_reads_commands_to_their_end(server: Served) -> None:
+    result = server.ssh("-T", "HOST", stdin=b"echo one; tty; shopt -q login_shell && echo login\nexit 5\necho no\n")
+    assert (result.stdout, result.returncode) == (b"one\nnot a tty\nlogin\n", 5)
+    assert server.ssh(stdin=b"false").returncode == 1
+
+
+def test_client_eof_is_a_half_close(server: Served) -> None:
+    data = os.urandom(3_000_000)
+    result = server.ssh("cat; sleep 0.2; echo end; echo err >&2", stdin=data)
+    assert result.stdout == data + b"end\n"
+    assert result.stderr == b"err\n"
+
+
+def test_a_program_that_closes_its_input_stops_nothing(server: Served) -> None:
+    """The client sends 8 MB that nobody reads; the program's answer still arrives."""
+    result = server.ssh("exec <&-; sleep 0.3; echo answer", stdin=b"x" * 8_000_000)
+    assert (result.stdout, result.returncode) == (b"answer\n", 0)
+    assert server.ssh("head -c 3", stdin=b"y" * 8_000_000).stdout == b"yyy"
+
+
+def test_stderr_after_the_end_of_stdout_arrives(server: Served) -> None:
+    result = server.ssh("exec >&-; sleep 0.2; echo late >&2; exit 4")
+    assert (result.stderr, result.returncode) == (b"late\n", 4)
+
+
+def test_output_that_comes_after_the_program_has_ended_arrives(server: Served) -> None:
+    assert server.ssh("(sleep 0.5; echo late) & exit 6").stdout == b"late\n"
+    assert b"late" in server.ssh("-tt", "HOST", "trap '' HUP; (sleep 0.1; echo late) & exit 6").stdout
+
+
+def test_a_command_that_is_not_utf8_arrives_as_it_is(server: Served) -> None:
+    argv: list[str | bytes] = [*server.ssh_argv("HOST")]
+    result = subprocess.run(
+        [*argv, b"printf %s '\xff\xe9' | od -An -tx1"], capture_output=True, check=False, timeout=10
+    )
+    assert result.stdout.split() == [b"ff", b"e9"]
+
+
+def test_yes_into_head_ends_silently(server: Served) -> None:
+    """SIGPIPE must not be ignored in what we start, though Python ignores it."""
+    result = server.ssh("yes | head -1; echo ${PIPESTATUS[0]}")
+    assert (result.stdout, result.stderr) == (b"y\n141\n", b"")
+
+
+@pytest.mark.parametrize("command", ["yes", "sleep 1000", "cat"])
+@pytest.mark.parametrize("options", [(), ("-tt",)], ids=["pipes", "pty"])
+def test_a_command_is_gone_within_a_second_of_its_client(
+    server: Served, command: str, options: tuple[str, ...]
+) -> None:
+    argv = server.ssh_argv(*options, "HOST", f"echo $$ >&2; exec {command}")
+    client = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert client.stdout is not None
+    pid = int(client.stdout.readline())
+    client.kill()
+    client.communicate()
+    assert wait_for("the command's end", lambda: not alive(pid)) < 1
+
+
+def test_a_client_that_sends_and_closes_at_once_has_sent_it_all(server: Served, tmp_path) -> None:
+    """Fire and forget: what came before CLOSE reaches the program, and its end of file too."""
+    target = tmp_path / "target"
+    data = os.urandom(300_000)
+    with server.paramiko() as transport:
+        channel = transport.open_session()
+        channel.exec_command(f"cat > {target}")
+        channel.sendall(data)
+        channel.close()
+        wait_for("the upload", lambda: target.exists() and target.stat().st_size == len(data))
+    assert target.read_bytes() == data
+
+
+def test_signals_reach_the_foreground_and_others_change_nothing(server: Served) -> None:
+    async def main(term_type: str | None) -> tuple[str, ...]:
+        async with await server.connect() as conn:
+            process = await conn.create_process(
+                "trap 'echo usr1' USR1; echo ready; while :; do sleep 0.05; done", term_type=term_type
+            )
+            await process.stdout.readuntil("ready" + ("\r\n" if term_type else "\n"))
+            for name in ("STOP", "CHLD", "NOPE", "KILL9", "SEGV"):
+                process.send_signal(name)
+            process.send_signal("USR1")
+            await process.stdout.readuntil("usr1")
+            process.send_signal("TERM")
+            await process.wait()
+            assert process.exit_signal is not None
+            return process.exit_signal
+
+    for term_type in (None, "xterm"):
+        assert run(main(term_type))[0] == "TERM"
+
+
+def test_a_break_interrupts_on_a_terminal_and_is_refused_without(server: Served) -> None:
+    async def main() -> str:
+        async with await server.connect() as conn:
+            process = await conn.create_process(
+                "trap 'echo interrupted; exit 9' INT; echo ready; while :; do sleep 0.05; done",
+                term_type="xterm",
+            )
+            await process.stdout.readuntil("ready\r\n")
+            process.send_break(100)
+            return await process.stdout.read()
+
+    assert "interrupted" in run(main())
+
+
+def test_100_sessions_on_one_connection_are_independent(server: Served) -> None:
+    """Some flood unread, some fail, some are killed; the others do not notice."""
+
+    async def one(conn: asyncssh.SSHClientConnection, number: int) -> None:
+        data = bytes([number]) * 20_000
+        result = await conn.run(f"cat; exit {number}", input=data, encoding=None)
+        assert result.stdout == data
+        assert result.exit_status == number
+
+    async def main() -> None:
+        async with await server.connect() as conn:
+            flooding = [await conn.create_process("yes", encoding=None) for _ in range(5)]
+            for process in flooding:
+                process.channel.pause_reading()
+            dying = [conn.run("kill -9 $$") for _ in range(5)]
+            await asyncio.gather(*(one(conn, number) for number in range(90)), *dying)
+            for process in flooding:
+                process.close()
+
+    run(main())
+
+
+def test_control_master_multiplexes(server: Served, tmp_path) -> None:
+    options = ("-o", f"ControlPath={tmp_path}/mux", "-o", "ControlMaster=auto", "-o", "ControlPersist=5")
+    try:
+        for number in range(5):
+            assert server.ssh(*options, "HOST", f"exit {number}").returncode == number
+        clients = [
+            subprocess.Popen(server.ssh_argv(*options, "HOST", f"cat; exit {n}"), stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE) for n in range(30)
+        ]  # fmt: skip
+        for number, client in enumerate(clients):
+            out, _ = client.communicate(f"{number}".encode(), 20)
+            assert (out, client.returncode) == (f"{number}".encode(), number)
+    finally:
+        server.ssh("-o", f"ControlPath={tmp_path}/mux", "-O", "exit", "HOST")
+
+
+def digest(server: Served, argv: list[str], data: bytes, command: str) -> str:
+    return server.ssh(*argv, "HOST", command, stdin=data, timeout=80).stdout.decode().split()[0]
+
+
+def test_bulk_over_exec_is_whole_both_ways(server: Served) -> None:
+    size = 64 * 1024 * 1024
+    data = os.urandom(1024 * 1024) * 64
+    expected = hashlib.sha256(data).hexdigest()
+    assert digest(server, [], data, "sha256sum") == expected
+    result = server.ssh(f"head -c {size} /dev/zero; echo x >&2", timeout=80)
+    assert (len(result.stdout), result.stderr) == (size, b"x\n")
+    assert hashlib.sha256(server.ssh("cat", stdin=data, timeout=80).stdout).hexdigest() == expected
+
+
+def test_bulk_over_a_raw_terminal_is_whole_both_ways(server: Served) -> None:
+    size = 16 * 1024 * 1024
+    data = os.urandom(1024 * 1024) * 16
+
+    async def main() -> None:
+        async with await server.connect() as conn:
+            command = f"stty raw -echo; echo ready; head -c {size} | sha256sum"
+            process = await conn.create_process(command, term_type="xterm", encoding=None)
+            await process.stdout.readuntil(b"ready\n")
+            process.stdin.write(data)
+            assert (await process.stdout.read()).split()[0].decode() == hashlib.sha256(data).hexdigest()
+            result = await conn.run(
+                f"stty raw; head -c {size} /dev/zero | tr '\\0' z", term_type="xterm", encoding=None
+            )
+            assert result.stdout == b"z" * size
+
+    run(main())
+
+
+def test_a_long_output_to_a_slow_reader_is_whole(server: Served) -> None:
+    """The program has long ended when the client reads on."""
+
+    async def main() -> None:
+        async with await server.connect() as conn:
+            process = await conn.create_process("seq 600000; exit 3", encoding=None)
+            process.channel.pause_reading()
+            began = time.monotonic()
+            while time.monotonic() - began < 1.5:
+                await asyncio.sleep(0.1)
+            process.channel.resume_reading()
+            output = await process.stdout.read()
+            assert output.split()[-1] == b"600000"
+            await process.wait()
+            assert process.exit_status == 3
+
+    run(main())
