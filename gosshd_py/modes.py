@@ -45,8 +45,6 @@ def _set_mode(attributes: list[Any], opcode: int, value: int) -> None:
         word, name = _FLAGS[opcode]
         flag = IUTF8 if name == "IUTF8" else getattr(termios, name, 0)
         attributes[word] = attributes[word] | flag if value else attributes[word] & ~flag
-    elif opcode in _CHARACTER_SIZES and value:
-        attributes[2] = attributes[2] & ~termios.CSIZE | _CHARACTER_SIZES[opcode]
     elif opcode in _SPEEDS and (speed := getattr(termios, f"B{value}", 0)):
         attributes[_SPEEDS[opcode]] = speed
 
@@ -55,7 +53,8 @@ def _table(first: int, names: str) -> dict[int, str]:
     return {opcode: name for opcode, name in enumerate(names.split(), first) if name != "-"}
 
 
-# RFC 4254 §8 and RFC 8160 (IUTF8). "-": not known to Linux.
+# RFC 4254 §8 and RFC 8160 (IUTF8). "-": not known to Linux. Character sizes and parity (90–93)
+# are a serial line's: a pty always has eight bits and refuses the rest.
 _CHARACTERS = _table(
     1,
     "VINTR VQUIT VERASE VKILL VEOF VEOL VEOL2 VSTART VSTOP VSUSP - VREPRINT VWERASE VLNEXT - - - VDISCARD",
@@ -78,9 +77,7 @@ _FLAGS = {
             ),
         ),
         (1, _table(70, "OPOST OLCUC ONLCR OCRNL ONOCR ONLRET")),
-        (2, _table(92, "PARENB PARODD")),
     )
     for opcode, name in table.items()
 }
-_CHARACTER_SIZES = {90: termios.CS7, 91: termios.CS8}
 _SPEEDS = {128: 4, 129: 5}

@@ -170,4 +170,9 @@ class Served:
 
 def run(coroutine: Any, seconds: float = 120.0) -> Any:
     """Run an asyncssh client to its end, but not longer."""
-    return asyncio.run(asyncio.wait_for(coroutine, seconds))
+
+    async def limited() -> Any:
+        async with asyncio.timeout(seconds):
+            return await coroutine
+
+    return asyncio.run(limited())

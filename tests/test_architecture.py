@@ -1,0 +1,83 @@
+"""The layout of the house, held against the code: which room imports which, and how large the core is."""
+
+from __future__ import annotations
+
+import ast
+import io
+import tokenize
+from pathlib import Path
+
+import gosshd_py
+
+PACKAGE = Path(gosshd_py.__file__).parent
+
+# A room may import only rooms of earlier rows.
+ROWS = (
+    {"lifecycle", "config", "logs"},
+    {"process", "modes", "session", "hostkeys", "listen", "accounts"},
+    {"channel", "pty", "pipes"},
+    {"connection"},
+    {"server"},
+    {"cli", "__init__"},
+    {"__main__"},
+)
+EDGES = {"channel", "pty", "pipes"}
+CORE = ("session", "channel", "pty", "pipes", "lifecycle", "server", "connection")
+
+
+def imports(room: str) -> set[str]:
+    """The modules that a room imports: of this package by their short names."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse((PACKAGE / f"{room}.py").read_text())):
+        if isinstance(node, ast.ImportFrom):
+            base = node.module or "__init__"
+            names |= {base} if node.module else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+    return names
+
+
+def test_every_room_is_in_a_row() -> None:
+    assert {path.stem for path in PACKAGE.glob("*.py")} == set().union(*ROWS)
+
+
+def test_imports_go_towards_the_ground() -> None:
+    for number, row in enumerate(ROWS):
+        below = set().union(*ROWS[:number])
+        above = set().union(*ROWS) - below - row
+        for room in row:
+            assert not imports(room) & above, room
+            assert not imports(room) & (row - {"config"}) or room == "logs", room
+
+
+def test_session_knows_neither_ssh_nor_the_operating_system() -> None:
+    assert imports("session") <= {
+        *("__future__", "asyncio", "time", "collections.abc", "contextlib", "typing", "lifecycle")
+    }
+
+
+def test_only_their_edges_know_asyncssh_and_ptyprocess() -> None:
+    for room in set().union(*ROWS):
+        known = imports(room)
+        assert "ptyprocess" not in known or room == "pty"
+        assert "asyncssh" not in known or room in {"channel", "connection", "server", "hostkeys"}
+
+
+def test_the_core_can_be_read_in_one_sitting() -> None:
+    total = sum(code_lines(PACKAGE / f"{room}.py") for room in CORE)
+    assert total < 1000, total
+
+
+def code_lines(path: Path) -> int:
+    """Lines with code: no blank ones, no comments, no docstrings."""
+    lines: set[int] = set()
+    previous = tokenize.NEWLINE
+    skip = {tokenize.COMMENT, tokenize.NL, tokenize.INDENT, tokenize.DEDENT, tokenize.NEWLINE}
+    for token in tokenize.generate_tokens(io.StringIO(path.read_text()).readline):
+        docstring = token.type == tokenize.STRING and previous in {
+            *(tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.NL, tokenize.COMMENT)
+        }
+        if token.type not in skip and not docstring:
+            lines |= set(range(token.start[0], token.end[0] + 1))
+        previous = token.type
+    return len(lines)
