@@ -52,7 +52,9 @@ def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
     while True:
         after = shared.stats() if shared else {}
         keys = ("fds", "ptys", "tasks", "children", "sessions", "connections")
-        left = {key: (before[key], after[key]) for key in keys if shared and after[key] > before[key]}
+        left = {
+            key: (before[key], after[key]) for key in keys if shared and after[key] > before[key]
+        }
         if not left:
             break
         assert time.monotonic() < deadline, f"left behind (before, after): {left}"

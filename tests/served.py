@@ -18,9 +18,12 @@ from pathlib import Path
 import msgspec
 
 from gosshd_py import logs
+from gosshd_py.channel import ChannelOutput
 from gosshd_py.config import Config
+from gosshd_py.connection import Connection
 from gosshd_py.hostkeys import known_hosts_lines
-from gosshd_py.process import reset_signals
+from gosshd_py.process import Descriptor, reset_signals
+from gosshd_py.pty import PtyProgram
 from gosshd_py.server import Server
 
 
@@ -53,6 +56,7 @@ async def main() -> None:
     async with Server(config) as server:
         hosts = known_hosts_lines(server.addresses, server.host_keys)
         say({"addresses": [list(address) for address in server.addresses], "known_hosts": hosts})
+        lag = Lag(loop)
         serving = asyncio.ensure_future(stop.wait())
         while not stop.is_set():
             asked = asyncio.ensure_future(lines.readline())
@@ -60,10 +64,59 @@ async def main() -> None:
             if not asked.done():
                 asked.cancel()
             elif asked.result() == b"stats\n":
-                say(stats(server))
+                say(stats(server) | {"worst_lag_us": round(lag.read() * 1e6)})
+            elif asked.result().startswith(b"sabotage "):
+                sabotage(asked.result().split()[1].decode())
+                say({})
             else:
                 break
+        lag.stop()
         serving.cancel()
+
+
+class Lag:
+    """How long the loop has stood still at worst since the last look, in seconds.
+
+    A timer that is late by more than its own period: what every session on this loop feels.
+    """
+
+    PERIOD = 0.002
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.worst = 0.0
+        self.due = loop.time() + self.PERIOD
+        self.timer = loop.call_at(self.due, self.tick)
+
+    def tick(self) -> None:
+        now = self.loop.time()
+        self.worst = max(self.worst, now - self.due)
+        self.due = now + self.PERIOD
+        self.timer = self.loop.call_at(self.due, self.tick)
+
+    def read(self) -> float:
+        worst, self.worst = self.worst, 0.0
+        return worst
+
+    def stop(self) -> None:
+        self.timer.cancel()
+
+
+def sabotage(where: str) -> None:
+    """Put a bug into the next call of one method, and only that one."""
+    owner, name = {
+        "resize": (PtyProgram, "resize"),
+        "read": (Descriptor, "read_now"),
+        "write": (ChannelOutput, "write"),
+        "spawn": (Connection, "_spawn"),
+    }[where]
+    real = getattr(owner, name)
+
+    def broken(*_: object) -> None:
+        setattr(owner, name, real)
+        raise ZeroDivisionError(f"sabotaged {where}")
+
+    setattr(owner, name, broken)
 
 
 def say(answer: object) -> None:

@@ -110,11 +110,19 @@ class Served:
             *("ssh", "-F", "none", "-p", str(self.port), "-l", user),
             *("-o", f"UserKnownHostsFile={self.known_hosts}", "-o", "StrictHostKeyChecking=yes"),
             *("-o", "BatchMode=yes", "-o", "LogLevel=ERROR", "-o", "IdentityAgent=none"),
-            *(arg if arg != "HOST" else "localhost" for arg in (args if "HOST" in args else ("HOST", *args))),
+            *(
+                arg if arg != "HOST" else "localhost"
+                for arg in (args if "HOST" in args else ("HOST", *args))
+            ),
         ]
 
     def ssh(
-        self, *args: str, stdin: bytes | None = b"", timeout: float = 20.0, user: str = "anyuser", **env: str
+        self,
+        *args: str,
+        stdin: bytes | None = b"",
+        timeout: float = 20.0,
+        user: str = "anyuser",
+        **env: str,
     ) -> subprocess.CompletedProcess[bytes]:
         """Run the client to its end. Put options before a word HOST, the command behind it."""
         return subprocess.run(

@@ -24,7 +24,9 @@ def test_stdout_and_stderr_are_apart_and_the_status_is_exact(server: Served) -> 
     ("number", "name"),
     [(9, "KILL"), (15, "TERM"), (11, "SEGV"), (13, "PIPE"), (24, "XCPU@gosshd"), (34, "34@gosshd")],
 )
-def test_a_killed_program_is_reported_by_the_rfcs_signal_name(server: Served, number: int, name: str) -> None:
+def test_a_killed_program_is_reported_by_the_rfcs_signal_name(
+    server: Served, number: int, name: str
+) -> None:
     async def main() -> asyncssh.SSHCompletedProcess:
         async with await server.connect() as conn:
             return await conn.run(f"ulimit -c 0; kill -{number} $$; sleep 5")
@@ -37,7 +39,9 @@ def test_a_killed_program_is_reported_by_the_rfcs_signal_name(server: Served, nu
 
 
 def test_a_shell_without_a_terminal_reads_commands_to_their_end(server: Served) -> None:
-    result = server.ssh("-T", "HOST", stdin=b"echo one; tty; shopt -q login_shell && echo login\nexit 5\necho no\n")
+    result = server.ssh(
+        "-T", "HOST", stdin=b"echo one; tty; shopt -q login_shell && echo login\nexit 5\necho no\n"
+    )
     assert (result.stdout, result.returncode) == (b"one\nnot a tty\nlogin\n", 5)
     assert server.ssh(stdin=b"false").returncode == 1
 
@@ -63,7 +67,9 @@ def test_stderr_after_the_end_of_stdout_arrives(server: Served) -> None:
 
 def test_output_that_comes_after_the_program_has_ended_arrives(server: Served) -> None:
     assert server.ssh("(sleep 0.5; echo late) & exit 6").stdout == b"late\n"
-    assert b"late" in server.ssh("-tt", "HOST", "trap '' HUP; (sleep 0.1; echo late) & exit 6").stdout
+    assert (
+        b"late" in server.ssh("-tt", "HOST", "trap '' HUP; (sleep 0.1; echo late) & exit 6").stdout
+    )
 
 
 def test_a_command_that_is_not_utf8_arrives_as_it_is(server: Served) -> None:
@@ -86,7 +92,9 @@ def test_a_command_is_gone_within_a_second_of_its_client(
     server: Served, command: str, options: tuple[str, ...]
 ) -> None:
     argv = server.ssh_argv(*options, "HOST", f"echo $$ >&2; exec {command}")
-    client = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    client = subprocess.Popen(
+        argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
     assert client.stdout is not None
     pid = int(client.stdout.readline())
     client.kill()
@@ -111,7 +119,8 @@ def test_signals_reach_the_foreground_and_others_change_nothing(server: Served) 
     async def main(term_type: str | None) -> tuple[str, ...]:
         async with await server.connect() as conn:
             process = await conn.create_process(
-                "trap 'echo usr1' USR1; echo ready; while :; do sleep 0.05; done", term_type=term_type
+                "trap 'echo usr1' USR1; echo ready; while :; do sleep 0.05; done",
+                term_type=term_type,
             )
             await process.stdout.readuntil("ready" + ("\r\n" if term_type else "\n"))
             for name in ("STOP", "CHLD", "NOPE", "KILL9", "SEGV"):
@@ -164,7 +173,14 @@ def test_100_sessions_on_one_connection_are_independent(server: Served) -> None:
 
 
 def test_control_master_multiplexes(server: Served, tmp_path) -> None:
-    options = ("-o", f"ControlPath={tmp_path}/mux", "-o", "ControlMaster=auto", "-o", "ControlPersist=5")
+    options = (
+        "-o",
+        f"ControlPath={tmp_path}/mux",
+        "-o",
+        "ControlMaster=auto",
+        "-o",
+        "ControlPersist=5",
+    )
     try:
         for number in range(5):
             assert server.ssh(*options, "HOST", f"exit {number}").returncode == number
@@ -203,7 +219,9 @@ def test_bulk_over_a_raw_terminal_is_whole_both_ways(server: Served) -> None:
             process = await conn.create_process(command, term_type="xterm", encoding=None)
             await process.stdout.readuntil(b"ready\n")
             process.stdin.write(data)
-            assert (await process.stdout.read()).split()[0].decode() == hashlib.sha256(data).hexdigest()
+            assert (await process.stdout.read()).split()[0].decode() == hashlib.sha256(
+                data
+            ).hexdigest()
             result = await conn.run(
                 f"stty raw; head -c {size} /dev/zero | tr '\\0' z", term_type="xterm", encoding=None
             )

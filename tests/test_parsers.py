@@ -47,7 +47,9 @@ def test_any_modes_can_be_set_on_a_terminal(modes: dict[int, int]) -> None:
 
 
 @given(uint32, uint32, uint32, uint32)
-def test_a_size_fits_a_terminal_or_is_refused(columns: int, rows: int, xpixel: int, ypixel: int) -> None:
+def test_a_size_fits_a_terminal_or_is_refused(
+    columns: int, rows: int, xpixel: int, ypixel: int
+) -> None:
     old = WindowSize(81, 25)
     if max(columns, rows) > 65535:
         with pytest.raises(ValueError, match="beyond"):

@@ -75,7 +75,9 @@ class Raw:
                 message.add_string(field)
         self.transport._send_user_message(message)
 
-    def pty_req(self, term: bytes = b"xterm", columns: int = 80, rows: int = 24, modes: bytes = b"\0") -> str:
+    def pty_req(
+        self, term: bytes = b"xterm", columns: int = 80, rows: int = 24, modes: bytes = b"\0"
+    ) -> str:
         return self.request("pty-req", term, columns, rows, 0, 0, modes)
 
     def wait(self, *labels: str, seconds: float = 8) -> str:
@@ -111,7 +113,12 @@ def test_the_order_on_the_wire_is_data_eof_status_close(server: Served) -> None:
                     assert it.pty_req() == "SUCCESS"
                 it.request("exec", command.encode())
                 it.wait("CLOSE")
-                assert [label for label in it.seen if label != "SUCCESS"] == ["DATA", "EOF", end, "CLOSE"]
+                assert [label for label in it.seen if label != "SUCCESS"] == [
+                    "DATA",
+                    "EOF",
+                    end,
+                    "CLOSE",
+                ]
 
 
 @pytest.mark.parametrize(
@@ -177,7 +184,11 @@ ECHO_OFF = bytes([53]) + struct.pack(">I", 0)
         (bytes([200]) + b"\0\0\0\7" + ECHO_OFF, "SUCCESS", b" echo "),  # undefined: stop
         (ECHO_OFF + bytes([53, 0, 0]), "FAILURE", None),  # cut short
         (b"".join(bytes([op]) + b"\xff\xff\xff\xff" for op in range(1, 160)), "SUCCESS", None),
-        (bytes([128]) + struct.pack(">I", 38400) + bytes([129]) + struct.pack(">I", 12345), "SUCCESS", b"38400"),
+        (
+            bytes([128]) + struct.pack(">I", 38400) + bytes([129]) + struct.pack(">I", 12345),
+            "SUCCESS",
+            b"38400",
+        ),
     ],
 )
 def test_modes(server: Served, modes: bytes, answer: str, word: bytes | None) -> None:
@@ -206,7 +217,17 @@ def test_env_is_refused_but_for_the_named_and_bounded(server: Served) -> None:
     with raw(server) as it:
         for name in (b"LANG", b"LC_TIME", b"TERM"):
             assert it.request("env", name, b"C") == "SUCCESS"
-        for name in (b"LD_PRELOAD", b"BASH_ENV", b"PATH", b"LC_A=B", b"", b"lc_all", b"LC_\xff", b"LC_A\0B", b"HOME"):
+        for name in (
+            b"LD_PRELOAD",
+            b"BASH_ENV",
+            b"PATH",
+            b"LC_A=B",
+            b"",
+            b"lc_all",
+            b"LC_\xff",
+            b"LC_A\0B",
+            b"HOME",
+        ):
             assert it.request("env", name, b"x") == "FAILURE"
         assert it.request("env", b"LC_NUL", b"x\0y") == "FAILURE"
         assert it.request("env", b"LC_LONG", b"x" * 100_000) == "FAILURE"
@@ -248,7 +269,9 @@ def test_unknown_requests_and_channels_get_the_answer_of_the_rfc(server: Served)
                 it.transport.open_channel(kind, timeout=5)
             assert refusal.value.code == 3  # SSH_OPEN_UNKNOWN_CHANNEL_TYPE
         with pytest.raises(paramiko.ChannelException):
-            it.transport.open_channel("direct-tcpip", ("127.0.0.1", 22), ("127.0.0.1", 1), timeout=5)
+            it.transport.open_channel(
+                "direct-tcpip", ("127.0.0.1", 22), ("127.0.0.1", 1), timeout=5
+            )
         assert it.transport.global_request("nonsense@example.org") is None
         assert it.transport.global_request("tcpip-forward", ("", 0)) is None
         assert it.transport.global_request("keepalive@openssh.com") is not None
@@ -315,7 +338,10 @@ def test_scanners_and_browsers_cost_one_log_line(server: Served) -> None:
         while sock.recv(4096):
             pass
     scan = subprocess.run(
-        ["ssh-keyscan", "-t", "ed25519", "-p", str(server.port), server.host], capture_output=True, check=False, timeout=10
+        ["ssh-keyscan", "-t", "ed25519", "-p", str(server.port), server.host],
+        capture_output=True,
+        check=False,
+        timeout=10,
     )
     assert b"ssh-ed25519" in scan.stdout
     wait_for("three lines", lambda: len(server.log()) >= start + 3)
@@ -331,7 +357,9 @@ def test_ssh_without_a_session_is_kept_and_ends_cleanly(server: Served) -> None:
     wait_for("its line", lambda: server.events("connection closed")[-1]["sessions"] == 0)
 
 
-@pytest.mark.parametrize("user", ["-oProxyCommand=x", "../../etc", ".ssh", "a b", "x" * 33, "", "ä", "a\nb"])
+@pytest.mark.parametrize(
+    "user", ["-oProxyCommand=x", "../../etc", ".ssh", "a b", "x" * 33, "", "ä", "a\nb"]
+)
 def test_improper_user_names_are_refused(server: Served, user: str) -> None:
     transport = paramiko.Transport((server.host, server.port))
     with closing(transport):
@@ -347,7 +375,7 @@ def test_improper_user_names_are_refused(server: Served, user: str) -> None:
 
 def test_a_missing_shell_is_refused_with_words(serve, tmp_path) -> None:
     shell = tmp_path / "shell"
-    shell.write_text("#!/bin/sh\nexec /bin/sh \"$@\"\n")
+    shell.write_text('#!/bin/sh\nexec /bin/sh "$@"\n')
     shell.chmod(0o755)
     server = serve(shell=str(shell))
     assert server.ssh("echo fine").stdout == b"fine\n"
@@ -402,7 +430,9 @@ def test_out_of_file_descriptors_refuses_and_recovers(serve) -> None:
 @pytest.fixture
 def process_limit() -> Iterator[Path]:
     """A cgroup whose number of processes can be limited."""
-    base = next((path for path in (Path("/sys/fs/cgroup/pids"), Path("/sys/fs/cgroup")) if path.is_dir()))
+    base = next(
+        (path for path in (Path("/sys/fs/cgroup/pids"), Path("/sys/fs/cgroup")) if path.is_dir())
+    )
     group = base / f"gosshd-test-{os.getpid()}"
     try:
         group.mkdir()
@@ -417,7 +447,9 @@ def process_limit() -> Iterator[Path]:
         group.rmdir()
 
 
-def test_out_of_processes_refuses_with_words_and_recovers(process_limit: Path, tmp_path: Path) -> None:
+def test_out_of_processes_refuses_with_words_and_recovers(
+    process_limit: Path, tmp_path: Path
+) -> None:
     with closing_server(tmp_path) as server:
         server.ssh("true")
         (process_limit / "cgroup.procs").write_text(str(server.process.pid))

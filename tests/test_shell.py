@@ -24,7 +24,9 @@ def shell(server: Served, **kwargs):
     terminal.expect(PROMPT)
     assert b"job control" not in terminal.before
     assert b"process group" not in terminal.before
-    terminal.sendline("PS1='>''>' PS2=; unset PROMPT_COMMAND; bind 'set enable-bracketed-paste off'")
+    terminal.sendline(
+        "PS1='>''>' PS2=; unset PROMPT_COMMAND; bind 'set enable-bracketed-paste off'"
+    )
     terminal.expect_exact(">>")
     return terminal
 
@@ -42,7 +44,11 @@ def pid_of(terminal) -> int:
 
 def test_a_login_is_a_login_shell_on_a_terminal_of_the_right_size(server: Served) -> None:
     terminal = shell(server, dimensions=(33, 101))
-    assert ask(terminal, "shopt -q login_shell && tty && stty size").split("\n")[0].startswith("/dev/pts/")
+    assert (
+        ask(terminal, "shopt -q login_shell && tty && stty size")
+        .split("\n")[0]
+        .startswith("/dev/pts/")
+    )
     assert ask(terminal, "stty size; echo $TERM") == "33 101\nxterm-256color"
     terminal.sendline("exit 7")
     terminal.expect(pexpect.EOF)
@@ -82,14 +88,20 @@ def test_the_shell_has_job_control(server: Served) -> None:
 
 def foreground(server: Served, name: str) -> bool:
     """Whether a process of that name is its terminal's foreground group."""
-    table = subprocess.run(["ps", "-eo", "comm=,pgid=,tpgid="], capture_output=True, text=True).stdout
+    table = subprocess.run(
+        ["ps", "-eo", "comm=,pgid=,tpgid="], capture_output=True, text=True
+    ).stdout
     return any(
-        row.split()[0] == name and row.split()[1] == row.split()[2] for row in table.splitlines() if len(row.split()) == 3
+        row.split()[0] == name and row.split()[1] == row.split()[2]
+        for row in table.splitlines()
+        if len(row.split()) == 3
     )
 
 
 def test_the_environment_is_built_from_nothing(server: Served) -> None:
-    result = server.ssh("HOST", "env -0", user="some.one-1", LANG="de_DE.UTF-8", LC_ALL="C", LD_PRELOAD="x")
+    result = server.ssh(
+        "HOST", "env -0", user="some.one-1", LANG="de_DE.UTF-8", LC_ALL="C", LD_PRELOAD="x"
+    )
     env = dict(item.split("=", 1) for item in result.stdout.decode().split("\0") if item)
     assert env["USER"] == env["LOGNAME"] == "some.one-1"
     assert env["HOME"] == env["PWD"] == "/tmp"
@@ -116,8 +128,12 @@ def test_tty_modes_of_the_request_are_honoured(server: Served) -> None:
     terminal.expect(pexpect.EOF)
     default = terminal.before.decode()
     argv = server.ssh_argv("-tt", "HOST", "stty -a")
-    command = "stty erase ^H kill ^X eof ^E -ixon iutf8 -echok; exec " + " ".join(f"'{word}'" for word in argv)
-    terminal = pexpect.spawn("/bin/sh", ["-c", command], env={"PATH": "/usr/bin:/bin", "TERM": "xterm", "HOME": "/tmp"})
+    command = "stty erase ^H kill ^X eof ^E -ixon iutf8 -echok; exec " + " ".join(
+        f"'{word}'" for word in argv
+    )
+    terminal = pexpect.spawn(
+        "/bin/sh", ["-c", command], env={"PATH": "/usr/bin:/bin", "TERM": "xterm", "HOME": "/tmp"}
+    )
     terminal.expect(pexpect.EOF)
     changed = terminal.before.decode()
     for word in ("erase = ^H", "kill = ^X", "eof = ^E", "-ixon", " iutf8", "-echok"):
@@ -185,11 +201,18 @@ def echo_time(terminal) -> float:
 
 @pytest.mark.parametrize("command", ["yes", "vi", "cat", "sleep 1000"])
 @pytest.mark.parametrize("sign", ["kill -9", "closed terminal"])
-def test_a_shell_is_gone_within_a_second_of_its_client(server: Served, command: str, sign: str) -> None:
+def test_a_shell_is_gone_within_a_second_of_its_client(
+    server: Served, command: str, sign: str
+) -> None:
     terminal = shell(server)
     pid = pid_of(terminal)
     terminal.sendline(command)
-    wait_for(f"{command} in the foreground", lambda: foreground(server, "vi" if command == "vi" else command.split()[0]) or command == "vi")
+    wait_for(
+        f"{command} in the foreground",
+        lambda: (
+            foreground(server, "vi" if command == "vi" else command.split()[0]) or command == "vi"
+        ),
+    )
     terminal.kill(9 if sign == "kill -9" else 1)
     assert wait_for("the shell's end", lambda: not alive(pid)) < 1
     terminal.close()
@@ -253,7 +276,9 @@ def test_bytes_that_are_not_utf8_pass_a_terminal_both_ways(server: Served) -> No
 
     async def main() -> bytes:
         async with await server.connect() as conn:
-            process = await raw_terminal(server, conn, "head -c 256 | od -An -v -tx1; printf '\\377\\376\\001'")
+            process = await raw_terminal(
+                server, conn, "head -c 256 | od -An -v -tx1; printf '\\377\\376\\001'"
+            )
             process.stdin.write(data)
             return await process.stdout.read()
 
