@@ -431,7 +431,7 @@ def test_out_of_file_descriptors_refuses_and_recovers(serve) -> None:
 def process_limit() -> Iterator[Path]:
     """A cgroup whose number of processes can be limited."""
     base = next(
-        (path for path in (Path("/sys/fs/cgroup/pids"), Path("/sys/fs/cgroup")) if path.is_dir())
+        path for path in (Path("/sys/fs/cgroup/pids"), Path("/sys/fs/cgroup")) if path.is_dir()
     )
     group = base / f"gosshd-test-{os.getpid()}"
     try:

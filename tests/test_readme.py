@@ -1,0 +1,229 @@
+"""The README is true: its diagram, its settings, and every command in it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import venv
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from gosshd_py.config import Config
+from gosshd_py.lifecycle import Cause, diagram
+
+from .serving import ROOT, Served, wait_for
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    line
+    for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+]
+
+
+def test_the_diagram_is_the_table() -> None:
+    assert f"```mermaid\n{diagram()}\n```" in README
+
+
+def test_every_cause_is_told() -> None:
+    for cause in Cause:
+        assert f"`{cause}`" in README
+
+
+def settings_table() -> list[str]:
+    """The rows that the README must have, from the docstrings of Config's fields."""
+    source = (ROOT / "gosshd_py" / "config.py").read_text()
+    rows = []
+    for field in msgspec.structs.fields(Config):
+        text = re.search(
+            rf'^    {field.name}: .*?\n    """(.*?)"""', source, re.MULTILINE | re.DOTALL
+        )
+        assert text, field.name
+        default = field.default
+        shown = ", ".join(default) if isinstance(default, tuple) else str(default).lower() or "–"
+        rows.append(f"| `{field.name}` | {shown} | {' '.join(text[1].split())} |")
+    return rows
+
+
+def test_the_settings_are_the_configs() -> None:
+    rows = [line for line in README.splitlines() if line.startswith("| `")]
+    assert rows == settings_table()
+
+
+def test_the_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """What git would give a newcomer, with our environment in place of the download."""
+    shutil.copytree(
+        ROOT,
+        tmp_path / "clone",
+        ignore=shutil.ignore_patterns(".git", ".venv", "ssh_host*", ".*_cache"),
+    )
+    return tmp_path / "clone"
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def commands_of_a_newcomer(clone: Path, server: Served) -> None:
+    """`make run`, and the ssh command that it prints."""
+    port = free_port()
+    # The newcomer has no .venv; in a test the one that runs us stands in, so that nothing is
+    # downloaded (`make soak` runs pipx and uvx, which do download).
+    link_environment(clone)
+    env = {**os.environ, "GOSSHD_LISTEN": f"127.0.0.1:{port}"}
+    run = subprocess.Popen(
+        ["make", "run"],
+        cwd=clone,
+        env=env,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        lines = [run.stdout.readline().strip() for _ in range(4)]
+        assert lines[0] == f"listening on 127.0.0.1:{port}"
+        known_hosts = clone / "known_hosts"
+        known_hosts.write_text(lines[2].removeprefix("known_hosts line: ") + "\n")
+        command = lines[3].removeprefix("connect with: ")
+        assert command == COMMANDS[1].replace("2222", str(port))
+        options = f"-F none -o BatchMode=yes -o UserKnownHostsFile={known_hosts}"
+        argv = shlex.split(command.replace("ssh ", f"ssh {options} ", 1))
+        result = subprocess.run([*argv, "echo hello"], capture_output=True, timeout=10, check=True)
+        assert result.stdout == b"hello\n"
+        assert (clone / "hostkeys" / "ssh_host_ed25519_key").exists()
+    finally:
+        os.killpg(run.pid, signal.SIGINT)  # ^C reaches make and the server
+        run.communicate(timeout=10)
+
+
+def link_environment(clone: Path) -> None:
+    environment = clone / ".venv"
+    (environment / "bin").mkdir(parents=True)
+    (environment / "bin" / "gosshd").write_text(
+        f'#!/bin/sh\nexec {sys.executable} -m gosshd_py "$@"\n'
+    )
+    (environment / "bin" / "gosshd").chmod(0o755)
+    for stamp in (".installed", ".dev"):
+        (environment / stamp).touch()
+
+
+def gosshd(clone: Path, command: str) -> subprocess.CompletedProcess[str]:
+    """Run a gosshd command of the README as a shell would, in a home of its own."""
+    link_environment(clone)
+    env = {**os.environ, "PATH": f"{clone}/.venv/bin:{os.environ['PATH']}", "HOME": str(clone)}
+    (clone / ".ssh").mkdir()
+    (clone / "lab.toml").write_text('home = "/tmp"\n')
+    return subprocess.run(
+        ["sh", "-ec", command],
+        cwd=clone,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+
+
+def command_check(clone: Path, server: Served) -> None:
+    assert "good" in gosshd(clone, "gosshd check --config lab.toml").stdout
+
+
+def command_known_hosts(clone: Path, server: Served) -> None:
+    assert gosshd(clone, "gosshd known-hosts >> ~/.ssh/known_hosts").returncode == 0
+    assert (
+        (clone / ".ssh" / "known_hosts").read_text().startswith("[localhost]:2222 ssh-ed25519 AAAA")
+    )
+
+
+def command_keys(clone: Path, server: Served) -> None:
+    assert gosshd(clone, "gosshd keys").stdout.startswith("SHA256:")
+
+
+def command_probe(clone: Path, server: Served) -> None:
+    command = "gosshd probe 127.0.0.1:2222".replace("2222", str(server.port))
+    assert gosshd(clone, command).stdout.startswith("SSH-2.0-")
+
+
+def target_of_the_makefile(clone: Path, server: Served) -> None:
+    """Running the tests inside the tests would not end; that the target is there is what is asked."""
+    for target in ("test", "lint", "soak", "test-container"):
+        plan = subprocess.run(
+            ["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        assert plan.stdout
+
+
+def in_the_container_test(clone: Path, server: Served) -> None:
+    assert "up -d" in (ROOT / "tests" / "container.sh").read_text()
+
+
+def in_the_soak(clone: Path, server: Served) -> None:
+    """Downloads, so it is test_installation_as_a_program below."""
+
+
+RUNNERS: dict[str, Callable[[Path, Served], None]] = {
+    "make run": commands_of_a_newcomer,
+    "ssh anyuser@localhost -p 2222": commands_of_a_newcomer,
+    "gosshd check --config lab.toml": command_check,
+    "gosshd known-hosts >> ~/.ssh/known_hosts": command_known_hosts,
+    "gosshd keys": command_keys,
+    "gosshd probe 127.0.0.1:2222": command_probe,
+    "pipx install .": in_the_soak,
+    "uvx --from . gosshd": in_the_soak,
+    "docker compose up": in_the_container_test,
+    "make test": target_of_the_makefile,
+    "make lint": target_of_the_makefile,
+    "make soak": target_of_the_makefile,
+    "make test-container": target_of_the_makefile,
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_of_the_readme_works(command: str, clone: Path, server: Served) -> None:
+    RUNNERS[command](clone, server)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("command", ["pipx install .", "uvx --from . gosshd"])
+def test_installation_as_a_program(command: str, clone: Path, tmp_path: Path) -> None:
+    """With pipx and uv from the package index, into a home of its own."""
+    tools = tmp_path / "tools"
+    venv.create(tools, with_pip=True)
+    name = {"pipx": "pipx", "uvx": "uv"}[command.split()[0]]
+    subprocess.run([tools / "bin" / "pip", "install", "-q", name], check=True, timeout=200)
+    home = tmp_path / "home"
+    env = {
+        **os.environ,
+        "HOME": str(home),
+        "PATH": f"{tools}/bin:{home}/.local/bin:{os.environ['PATH']}",
+    }
+    env["GOSSHD_LISTEN"] = f"127.0.0.1:{free_port()}"
+    serving = command if name == "uv" else "gosshd"
+    if name == "pipx":
+        subprocess.run(shlex.split(command), cwd=clone, env=env, check=True, timeout=300)
+    run = subprocess.Popen(
+        shlex.split(serving), cwd=clone, env=env, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert run.stdout.readline().strip() == f"listening on {env['GOSSHD_LISTEN']}"
+    finally:
+        run.terminate()
+        run.communicate(timeout=10)
+    wait_for("its end", lambda: run.poll() is not None)
