@@ -30,7 +30,9 @@ log = structlog.get_logger()
 LEAVE_TIME = 0.5
 """Seconds that clients get, at shutdown, to leave by themselves after their last CLOSE."""
 
-KEX = ("mlkem768x25519-sha256", "curve25519-sha256", "curve25519-sha256@libssh.org")
+# The client's order decides (RFC 4253 §7.1). curve25519 stands first for dropbear, which sends a
+# guess along and, as the RFC says, counts it wrong when the first names differ; asyncssh does not.
+KEX = ("curve25519-sha256", "curve25519-sha256@libssh.org", "mlkem768x25519-sha256")
 CIPHERS = (
     "chacha20-poly1305@openssh.com",
     "aes256-gcm@openssh.com",
