@@ -206,10 +206,15 @@ class Descriptor:
             self._loop.remove_reader(self.fd)
 
     async def read(self) -> bytes:
-        """Some bytes as soon as there are any, b"" at end of file or after close."""
-        while (data := self.read_now()) is None:
+        """Some bytes as soon as there are any, b"" at end of file or after close.
+
+        Waits even when there are some: that gives every session one turn of the loop for each
+        chunk. Else a loud program and a quick client would keep the loop for a whole window.
+        """
+        while True:
             await self.readable()
-        return data
+            if (data := self.read_now()) is not None:
+                return data
 
     async def write(self, data: bytes) -> None:
         """Write all of data, waiting whenever the other side is full. Raises OSError."""

@@ -107,18 +107,18 @@ class PtyProgram:
 
     async def read(self) -> bytes:
         """Output as soon as there is any; b"" when the program has ended and all is read."""
-        while True:
+        while await self._more_output():
             try:
                 data = self._master.read_now()
-                hung_up = False
             except OSError as exc:
                 if exc.errno != errno.EIO:
                     raise
-                data, hung_up = None, True
+                if not await self._reopened():
+                    break
+                continue
             if data is not None:
                 return data if self._in_time(len(data)) else b""
-            if not await (self._reopened() if hung_up else self._more_output()):
-                return b""
+        return b""
 
     def _in_time(self, size: int) -> bool:
         """Count what comes after the end: past the limit it is a background job's, not ours."""
@@ -134,7 +134,7 @@ class PtyProgram:
         return not self.ended.done() and not await self._child.ends_within(REOPEN_WAIT)
 
     async def _more_output(self) -> bool:
-        """Wait for output. False: the program has ended and the terminal stays quiet."""
+        """Wait for output, at least one turn of the loop. False: ended, and quiet since then."""
         readable = self._master.readable()
         if not self.ended.done():
             await readable

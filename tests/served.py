@@ -64,7 +64,9 @@ async def main() -> None:
             if not asked.done():
                 asked.cancel()
             elif asked.result() == b"stats\n":
-                say(stats(server) | {"worst_lag_us": round(lag.read() * 1e6)})
+                say(stats(server))
+            elif asked.result() == b"lag\n":
+                say({"worst": lag.read()})
             elif asked.result().startswith(b"sabotage "):
                 sabotage(asked.result().split()[1].decode())
                 say({})
@@ -95,7 +97,8 @@ class Lag:
         self.timer = self.loop.call_at(self.due, self.tick)
 
     def read(self) -> float:
-        worst, self.worst = self.worst, 0.0
+        worst, self.worst = max(self.worst, self.loop.time() - self.due), 0.0
+        self.due = self.loop.time()
         return worst
 
     def stop(self) -> None:

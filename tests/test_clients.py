@@ -68,5 +68,4 @@ def test_another_familys_client_gets_a_shell(server: Served, client) -> None:
     terminal.sendline("stty size; exit 3")
     terminal.expect("31 97")
     terminal.expect(pexpect.EOF)
-    terminal.close()
-    assert terminal.exitstatus == 3
+    assert terminal.wait() == 3

@@ -173,7 +173,7 @@ def test_the_loop_never_stands_still_for_50_ms(serve: Any) -> None:
                 "stty raw -echo; echo ready; exec cat", term_type="xterm", encoding=None
             )
             await echo.stdout.readuntil(b"ready\n")
-            server.stats()  # forget the lag so far
+            server.ask("lag")  # forget what was
             victims = asyncio.create_task(in_parallel(16, 2, dying))
             echoes = 0
             while not victims.done():
@@ -183,8 +183,9 @@ def test_the_loop_never_stands_still_for_50_ms(serve: Any) -> None:
             await victims
             assert echoes > 10
             echo.close()
-            return server.stats()["worst_lag_us"] / 1e6
+            return server.ask("lag")["worst"]
 
+    run(main())  # what is made once, by the first sessions
     lags = []
     for _ in range(3):
         lags.append(run(main()))

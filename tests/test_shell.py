@@ -51,8 +51,7 @@ def test_a_login_is_a_login_shell_on_a_terminal_of_the_right_size(server: Served
     assert ask(terminal, "stty size; echo $TERM") == "33 101\nxterm-256color"
     terminal.sendline("exit 7")
     terminal.expect(pexpect.EOF)
-    terminal.close()
-    assert terminal.exitstatus == 7
+    assert terminal.wait() == 7
 
 
 def test_the_size_is_right_before_the_first_line_of_the_program(server: Served) -> None:
@@ -229,8 +228,7 @@ def test_a_background_job_on_the_terminal_does_not_hold_the_session(server: Serv
         terminal.expect(pexpect.EOF)
         assert time.monotonic() - began < 1.5  # one second, and the client's own start
         pid = int(re.search(rb"^(\d+)\r?$", terminal.before, re.MULTILINE)[1])
-        terminal.close()
-        assert terminal.exitstatus == 3
+        assert terminal.wait() == 3
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 
