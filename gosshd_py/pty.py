@@ -233,8 +233,8 @@ def _give(slave: int, command: Command) -> str:
         uid, gid = command.run_as
         with suppress(KeyError):
             gid = getgrnam("tty").gr_gid
+        os.fchmod(slave, 0o620)  # first, while it is ours: afterwards it takes CAP_FOWNER
         os.fchown(slave, uid, gid)
-        os.fchmod(slave, 0o620)
     return os.ttyname(slave)
 
 

@@ -96,6 +96,15 @@ def foreground(name: str) -> bool:
     )
 
 
+def test_the_terminal_is_the_controlling_terminal_of_what_is_started(serve) -> None:
+    """Without bash's help, which would take a terminal by itself: /dev/tty is this very one."""
+    server = serve(shell="/bin/sh")
+    result = server.ssh("-tt", "HOST", "echo through /dev/tty > /dev/tty; ps -o tpgid=,pgid= -p $$")
+    through, groups = result.stdout.decode().splitlines()
+    assert through == "through /dev/tty"
+    assert len(set(groups.split())) == 1
+
+
 def test_the_environment_is_built_from_nothing(server: Served) -> None:
     result = server.ssh(
         "HOST", "env -0", user="some.one-1", LANG="de_DE.UTF-8", LC_ALL="C", LD_PRELOAD="x"
