@@ -87,7 +87,9 @@ def commands_of_a_newcomer(clone: Path, server: Served) -> None:
     # The newcomer has no .venv; in a test the one that runs us stands in, so that nothing is
     # downloaded (`make soak` runs pipx and uvx, which do download).
     link_environment(clone)
-    env = {**os.environ, "GOSSHD_LISTEN": f"127.0.0.1:{port}"}
+    outer = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "ARGS")  # of `make test` itself
+    env = {key: value for key, value in os.environ.items() if key not in outer}
+    env["GOSSHD_LISTEN"] = f"127.0.0.1:{port}"
     run = subprocess.Popen(
         ["make", "run"],
         cwd=clone,
