@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pwd
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 
 from .config import Config
@@ -47,7 +48,11 @@ class Account:
 
 def open_account(config: Config, name: str) -> Account:
     """Make the account that everybody has in open mode."""
-    user = pwd.getpwnam(config.run_as) if config.run_as else pwd.getpwuid(os.geteuid())
-    run_as = (user.pw_uid, user.pw_gid) if config.run_as else None
-    home = config.home.format(user=name) if config.home else user.pw_dir
-    return Account(name, config.shell, run_as, home)
+    run_as = None
+    home = "/"
+    with suppress(KeyError):  # a container may run as a uid that has no name
+        home = pwd.getpwuid(os.geteuid()).pw_dir
+    if config.run_as:
+        user = pwd.getpwnam(config.run_as)
+        run_as, home = (user.pw_uid, user.pw_gid), user.pw_dir
+    return Account(name, config.shell, run_as, config.home.format(user=name) or home)

@@ -14,9 +14,18 @@ from typing import Any, NoReturn
 import click
 
 from . import __version__, logs
-from .config import Config, ConfigError, load_config
-from .hostkeys import HostKeyError, fingerprint, known_hosts_lines, load_host_keys
+from .config import Config, ConfigError, load_config, parse_address
+from .hostkeys import (
+    HostKeyError,
+    client_names,
+    fingerprint,
+    known_hosts_lines,
+    load_host_keys,
+)
 from .server import ListenError, Server, serve
+
+PROBE_TIME = 5.0
+"""Seconds that a probed server may take to accept, and again to say who it is."""
 
 _OPTIONS = [
     click.option("--config", metavar="FILE", help="Read settings from this TOML file; flags override it."),
@@ -54,17 +63,33 @@ def _config(file: str | None, flags: dict[str, Any]) -> Config:
 
 def _fail(code: int, *lines: str) -> NoReturn:
     for line in lines:
-        click.echo(f"gosshd: error: {logs.clean(line)}", err=True)
+        click.echo(f"gosshd: error: {logs.escape(line)}", err=True)
     sys.exit(code)
 
 
+class _Commands(click.Group):
+    """Words and exit codes for what click and the operating system refuse, in our form."""
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        options |= {"prog_name": "gosshd", "standalone_mode": False}
+        try:
+            return super().main(*args, **options)
+        except click.ClickException as exc:
+            _fail(2, f"{exc.format_message().rstrip('.')}; see gosshd --help")
+        except OSError as exc:
+            _fail(1, str(exc))
+        except click.Abort:
+            _fail(1, "interrupted")
+
+
 @click.group(
+    cls=_Commands,
     invoke_without_command=True,
     context_settings={"auto_envvar_prefix": "GOSSHD", "help_option_names": ["-h", "--help"]},
     epilog="Every option can also be set in the environment, as GOSSHD_LISTEN, GOSSHD_HOSTKEYS, …",
 )
 @_settings
-@click.version_option(__version__, prog_name="gosshd")
+@click.version_option(__version__, prog_name="gosshd", allow_from_autoenv=False)
 @click.pass_context
 def main(context: click.Context, /, config: str | None, **flags: Any) -> None:
     """Serve shells over SSH: bash on a pseudo-terminal for everybody who connects.
@@ -86,16 +111,14 @@ def _serve(config: Config) -> None:
 
 def _announce(server: Server) -> None:
     """Say that clients can connect, and give what they need to know that it is us."""
-    port = server.addresses[0].port
     for address in server.addresses:
         click.echo(f"listening on {address}")
     for key in server.host_keys:
         click.echo(f"host key {fingerprint(key)} ({key.get_algorithm()})")
-    line = known_hosts_lines(server.addresses, server.host_keys)[0]
-    click.echo(f"known_hosts line: {line}")
-    host = line.split()[0].split(":")[0].strip("[]")
-    click.echo(f"connect with: ssh anyuser@{host}" + (f" -p {port}" if port != 22 else ""))
-    sys.stdout.flush()
+    click.echo(f"known_hosts line: {known_hosts_lines(server.addresses, server.host_keys)[0]}")
+    host, port = server.addresses[0]
+    name = client_names(host)[0]
+    click.echo(f"connect with: ssh anyuser@{name}" + (f" -p {port}" if port != 22 else ""))
 
 
 def _with_settings(context: click.Context, /, config: str | None, flags: dict[str, Any]) -> Config:
@@ -149,12 +172,16 @@ def _keys(config: Config) -> list[Any]:
 @click.argument("address", default="127.0.0.1:2222")
 def probe(address: str) -> None:
     """Ask ADDRESS for its SSH identification string (RFC 4253 §4.2); exit 1 if there is none."""
-    host, _, port = address.rpartition(":")
     try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=5) as sock:
-            line = sock.makefile("rb").readline(255)
-    except (OSError, ValueError) as exc:
-        _fail(1, f"{address}: {exc}")
+        with (
+            socket.create_connection(parse_address(address), timeout=PROBE_TIME) as sock,
+            sock.makefile("rb") as file,
+        ):
+            line = file.readline(255)
+    except OSError as exc:
+        _fail(1, f"{address}: {exc.strerror or exc}; is an SSH server running there?")
+    except ValueError as exc:
+        _fail(1, str(exc))
     if not line.startswith(b"SSH-2.0-"):
-        _fail(1, f"{address}: does not speak SSH")
+        _fail(1, f"{address}: what answers there does not speak SSH; name another address")
     click.echo(line.decode("ascii", "backslashreplace").strip())

@@ -10,11 +10,12 @@ import ipaddress
 import os
 import pwd
 import re
+import reprlib
 import shutil
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import msgspec
 from msgspec import Meta
@@ -95,19 +96,25 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         """Where the host keys are."""
         if self.hostkeys:
             return Path(self.hostkeys)
-        here = Path("hostkeys")
-        if here.is_dir():
-            return here
+        if os.path.isdir("hostkeys"):  # noqa: PTH112  # Path's raises where we may not look
+            return Path("hostkeys")
         state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
         return Path(state) / "gosshd" / "hostkeys"
 
 
 def parse_address(text: str) -> Address:
     """Take HOST:PORT apart. Raises ValueError that says what is missing."""
-    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%\w]+)\]|([^\[\]:\s]+)):(\d{1,5})", text)
-    if match is None or int(match[3]) > 65535:
-        raise ValueError(f"{text!r} is not HOST:PORT or [IPV6]:PORT with a port up to 65535")
+    match = re.fullmatch(r"(?:\[([^\[\]\s]+)\]|([^\[\]:\s]+)):([0-9]{1,5})", text)
+    if match is None or int(match[3]) > 65535 or not (match[2] or _is_ipv6(match[1])):
+        raise ValueError(f"{_show(text)} is not HOST:PORT or [IPV6]:PORT with a port up to 65535")
     return Address(match[1] or match[2], int(match[3]))
+
+
+def _is_ipv6(host: str) -> bool:
+    try:
+        return bool(ipaddress.IPv6Address(host))
+    except ValueError:
+        return False
 
 
 def load_config(file: str | None = None, flags: Mapping[str, Any] | None = None) -> Config:
@@ -132,7 +139,7 @@ def load_config(file: str | None = None, flags: Mapping[str, Any] | None = None)
         try:
             checked[key] = msgspec.convert(value, fields[key].type)
         except msgspec.ValidationError as exc:
-            problems.append(f"{where}: {_plain(str(exc))}, not {value!r}")
+            problems.append(f"{where}: {_plain(str(exc), fields[key].type)}, not {_show(value)}")
     config = Config(**checked)
     problems += [f"{places.get(key, key)}: {problem}" for key, problem in _check(config)]
     if problems:
@@ -154,13 +161,13 @@ def _read(file: str) -> str:
 def _parse(file: str, text: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as exc:
+    except (ValueError, RecursionError) as exc:  # also for numbers and nesting without end
         raise ConfigError([f"{file}: not valid TOML: {exc}"]) from exc
 
 
 def _place(file: str, text: str, key: str) -> str:
     """FILE:LINE: key, where the line can be found."""
-    pattern = re.compile(rf"\s*(\[\s*)?[\"']?{re.escape(key)}\b")
+    pattern = re.compile(rf"[\s\[]*([\"']?){re.escape(key)}\1\s*[=.\]]")
     for number, line in enumerate(text.splitlines(), 1):
         if pattern.match(line):
             return f"{file}:{number}: {key}"
@@ -172,42 +179,83 @@ def _nearest(key: str, known: Mapping[str, Any]) -> str:
     return f"; did you mean {close[0]}?" if close else f"; known are {', '.join(known)}"
 
 
-def _plain(message: str) -> str:
-    """msgspec's words for JSON, in TOML's."""
-    for json, toml in (("`object`", "a table"), ("`array`", "a list"), ("`str`", "a string")):
-        message = message.replace(json, toml)
-    return message[:1].lower() + message[1:].replace("`", "")
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
+
+
+def _show(value: object) -> str:
+    """A value as it was given, but no book: its error has more to say behind it."""
+    return _SHORT.repr(value)
+
+
+_TOML = {
+    "`array`": "a list",
+    "`str`": "a string",
+    "`bool`": "true or false",
+    "`int`": "a whole number",
+    "`float`": "a number",
+}
+
+
+def _plain(message: str, wanted: Any) -> str:
+    """msgspec's words for JSON, in TOML's; what it got is shown by the caller."""
+    if message.startswith("Invalid enum value"):
+        return f"expected {' or '.join(get_args(wanted))}"
+    expected, _, got = message.removeprefix("Expected ").partition(", got ")
+    for json, toml in _TOML.items():
+        expected = expected.replace(json, toml)
+    return f"expected {'a list, each item ' if '$[' in got else ''}{expected}"
 
 
 def _check(config: Config) -> list[tuple[str, str]]:
     """What types cannot say: (key, problem) pairs."""
-    found: list[tuple[str, str]] = []
-    if not config.listen:
-        found.append(("listen", "is empty; name at least one HOST:PORT"))
-    for text in config.listen:
-        try:
-            host = parse_address(text).host
-        except ValueError as exc:
-            found.append(("listen", str(exc)))
-            continue
-        if not config.open_to_network and not is_loopback(host):
-            found.append(
-                (
-                    "listen",
-                    f"{text} can be reached from other machines, and nobody is asked for a password; "
-                    "listen on 127.0.0.1, or say --open-to-network if that is what you want",
-                )
-            )
+    found = [(key, "holds a NUL character, which no name can") for key in _keys_with_nul(config)]
+    if found:
+        return found  # everything below would trip over it
+    found += [("listen", problem) for problem in _check_listen(config)]
     if not config.shell.startswith("/"):
         absolute = shutil.which(config.shell) or "/bin/bash"
         found.append(("shell", f"{config.shell!r} is not an absolute path; try {absolute}"))
-    elif not os.access(config.shell, os.X_OK):
-        found.append(("shell", f"{config.shell} does not exist or is not executable; install it"))
+    elif shutil.which(config.shell) is None:
+        problem = f"{config.shell} is not an executable file; install it, or name another shell"
+        found.append(("shell", problem))
     if config.run_as:
         found += [("run_as", problem) for problem in _check_run_as(config.run_as)]
     if config.home:
         found += [("home", problem) for problem in _check_home(config.home)]
+    found += [("HOME", problem) for problem in _check_own_home()]
     return found
+
+
+def _keys_with_nul(config: Config) -> list[str]:
+    """The keys with a character that TOML can write and the system's interfaces cannot take."""
+    values = msgspec.structs.asdict(config).items()
+    texts = {key: "".join(value) for key, value in values if isinstance(value, str | tuple)}
+    return [key for key, text in texts.items() if "\0" in text]
+
+
+def _check_listen(config: Config) -> list[str]:
+    problems = [] if config.listen else ["is empty; name at least one HOST:PORT"]
+    for text in config.listen:
+        try:
+            host = parse_address(text).host
+        except ValueError as exc:
+            problems.append(str(exc))
+            continue
+        if not config.open_to_network and not is_loopback(host):
+            problems.append(
+                f"{text} can be reached from other machines, and nobody is asked for a password; "
+                "listen on 127.0.0.1, or say --open-to-network if that is what you want"
+            )
+    return problems
+
+
+def _check_own_home() -> list[str]:
+    try:
+        Path.home()  # asyncssh, too, asks for it, and both of us would trip
+    except RuntimeError:
+        return [f"uid {os.geteuid()} has no home directory; set HOME in the environment"]
+    return []
 
 
 def _check_run_as(name: str) -> list[str]:
@@ -223,11 +271,11 @@ def _check_run_as(name: str) -> list[str]:
 
 
 def _check_home(template: str) -> list[str]:
-    try:
-        expanded = template.format(user="u")
-    except (KeyError, IndexError, ValueError, AttributeError):
-        return [f"{template!r} may hold {{user}} and no other braces"]
-    return [] if expanded.startswith("/") else [f"{template!r} is not an absolute path"]
+    if re.fullmatch(r"([^{}]|\{user\})*", template) is None:  # str.format knows more than that
+        return [f"{_show(template)} may hold {{user}} and no other braces"]
+    if not template.startswith("/"):
+        return [f"{_show(template)} is not an absolute path; begin it with /"]
+    return []
 
 
 def is_loopback(host: str) -> bool:

@@ -6,6 +6,7 @@ A key that others can read is refused, for whoever has it can pretend to be this
 from __future__ import annotations
 
 import os
+import shlex
 import socket
 import stat
 import tempfile
@@ -29,7 +30,8 @@ def load_host_keys(directory: Path) -> list[asyncssh.SSHKey]:
     try:
         if not (directory / NAMES[0]).exists():
             _make_key(directory / NAMES[0])
-        return [_load_key(path) for name in NAMES if (path := directory / name).exists()]
+        others = [name for name in NAMES[1:] if os.path.lexists(directory / name)]
+        return _load_keys(directory / name for name in (NAMES[0], *others))
     except OSError as exc:
         reason = f"{exc.filename or directory}: {exc.strerror}"
         raise HostKeyError(f"{reason}; choose another directory with --hostkeys") from exc
@@ -52,29 +54,44 @@ def _make_key(path: Path) -> None:
         Path(temporary).unlink()
 
 
+def _load_keys(paths: Iterable[Path]) -> list[asyncssh.SSHKey]:
+    keys: dict[str, asyncssh.SSHKey] = {}
+    for path in paths:
+        key = _load_key(path)
+        if key.get_algorithm() in keys:
+            raise HostKeyError(f"{path} is a second {key.get_algorithm()} key; move it away")
+        keys[key.get_algorithm()] = key
+    return list(keys.values())
+
+
 def _load_key(path: Path) -> asyncssh.SSHKey:
-    with path.open("rb") as file:
-        status = os.fstat(file.fileno())
-        data = file.read(64 * 1024)
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO would let us wait for a writer
+    try:
+        status = os.fstat(fd)
+        data = os.read(fd, 64 * 1024) if stat.S_ISREG(status.st_mode) else b""
+    finally:
+        os.close(fd)
+    quoted = shlex.quote(str(path))
     if not stat.S_ISREG(status.st_mode):
-        raise HostKeyError(f"{path} is not a regular file")
+        raise HostKeyError(f"{path} is not a regular file; move it away")
     if status.st_uid not in (os.geteuid(), 0):
         raise HostKeyError(
-            f"{path} belongs to uid {status.st_uid}; run: chown {os.geteuid()} {path}"
+            f"{path} belongs to uid {status.st_uid}; run: chown {os.geteuid()} {quoted}"
         )
     if status.st_mode & 0o077:
         mode = stat.S_IMODE(status.st_mode)
         raise HostKeyError(
-            f"{path} has mode {mode:04o}, so others can read it; run: chmod 600 {path}"
+            f"{path} has mode {mode:04o}, so others can read it; run: chmod 600 {quoted}"
         )
     try:
         return asyncssh.import_private_key(data)
-    except asyncssh.KeyEncryptionError as exc:
-        raise HostKeyError(
-            f"{path} has a passphrase, and nobody can type it; run: ssh-keygen -p -N '' -f {path}"
-        ) from exc
-    except asyncssh.KeyImportError as exc:
-        raise HostKeyError(f"{path} is not a private key: {exc}; move it away") from exc
+    except Exception as exc:  # asyncssh's parsers raise many kinds on a damaged file
+        if isinstance(exc, asyncssh.KeyEncryptionError) or "Passphrase" in str(exc):
+            problem = "has a passphrase, and nobody can type it"
+            remedy = f"run: ssh-keygen -p -N '' -f {quoted}"
+        else:
+            problem, remedy = f"is not a private key: {exc}", "move it away"
+        raise HostKeyError(f"{path} {problem}; {remedy}") from exc
 
 
 def fingerprint(key: asyncssh.SSHKey) -> str:
@@ -82,18 +99,21 @@ def fingerprint(key: asyncssh.SSHKey) -> str:
     return key.get_fingerprint("sha256")
 
 
-def known_hosts_lines(addresses: Iterable[Address], keys: Sequence[asyncssh.SSHKey]) -> list[str]:
-    """Lines for ~/.ssh/known_hosts, one for each name that clients use and each key (sshd(8)).
+def client_names(host: str) -> list[str]:
+    """What clients call a listen address, the likeliest first.
 
     Loopback addresses are reached as localhost; a wildcard address by this machine's name too.
     """
+    if host in ("0.0.0.0", "::"):  # noqa: S104  # compared, not bound
+        return ["localhost", socket.gethostname()]
+    return ["localhost", host] if is_loopback(host) else [host]
+
+
+def known_hosts_lines(addresses: Iterable[Address], keys: Sequence[asyncssh.SSHKey]) -> list[str]:
+    """Lines for ~/.ssh/known_hosts, one for each name that clients use and each key (sshd(8))."""
     names: dict[str, None] = {}
     for host, port in addresses:
-        wildcard = host in ("0.0.0.0", "::")  # noqa: S104  # compared, not bound
-        for name in (
-            *(["localhost"] if wildcard or is_loopback(host) else []),
-            socket.gethostname() if wildcard else host,
-        ):
+        for name in client_names(host):
             names[name if port == 22 else f"[{name}]:{port}"] = None
     public = [" ".join(key.export_public_key().decode().split()[:2]) for key in keys]
     return [f"{name} {key}" for name in names for key in public]

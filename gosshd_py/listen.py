@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import socket
+from contextlib import suppress
+from typing import Any
 
 from .config import DEFAULT_LISTEN, Address, Config
 
@@ -27,15 +29,11 @@ def open_sockets(config: Config) -> list[socket.socket]:
         for host, port in config.addresses:
             optional = config.listen == DEFAULT_LISTEN and host == "::1"
             try:
-                found = socket.getaddrinfo(
-                    host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-                )
-                for family, *_, address in found:
-                    target = (address[0], port or chosen, *address[2:])
-                    sockets.append(_bind(family, target))
+                for family, *_, address in _look_up(host, port):
+                    sockets.append(_bind(family, address, 0 if port else chosen))
                     chosen = chosen or (sockets[-1].getsockname()[1] if port == 0 else 0)
             except OSError as exc:
-                if not optional:
+                if not (optional and exc.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)):
                     raise ListenError(
                         f"cannot listen on {Address(host, port)}: {_why(exc)}"
                     ) from exc
@@ -46,7 +44,20 @@ def open_sockets(config: Config) -> list[socket.socket]:
     return sockets
 
 
-def _bind(family: int, address: tuple[object, ...]) -> socket.socket:
+def _look_up(host: str, port: int) -> list[tuple[Any, ...]]:
+    """The addresses of a name, each once: /etc/hosts may name one twice."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except UnicodeError as exc:  # from the idna codec
+        raise OSError(errno.EINVAL, "not a host name") from exc
+    return list(dict.fromkeys(found))
+
+
+def _bind(family: int, address: tuple[Any, ...], wish: int = 0) -> socket.socket:
+    """Bind and listen. wish: a port to try first where any will do."""
+    if wish:
+        with suppress(OSError):
+            return _bind(family, (address[0], wish, *address[2:]))
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -63,6 +74,7 @@ def _bind(family: int, address: tuple[object, ...]) -> socket.socket:
 def _why(exc: OSError) -> str:
     remedies = {
         errno.EADDRINUSE: "another server uses it; stop that one, or choose a port with --listen 127.0.0.1:2223",
+        errno.EADDRNOTAVAIL: "no interface of this machine has it; see `ip address`",
         errno.EACCES: "ports below 1024 need root; choose a higher one with --listen",
     }
-    return f"{exc.strerror}; {remedies[exc.errno]}" if exc.errno in remedies else str(exc.strerror)
+    return f"{exc.strerror}; {remedies.get(exc.errno or 0, 'choose another with --listen')}"

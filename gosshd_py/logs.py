@@ -18,20 +18,31 @@ MAX_TEXT = 256
 
 
 def clean(text: str) -> str:
-    """Escape what could move a cursor or forge a line, and cap the length."""
-    cut = text[:MAX_TEXT]
-    escaped = "".join(
-        c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode()
-        for c in cut
-    )
+    """Escape the text and cap its length."""
+    escaped = escape(text[:MAX_TEXT])
     return escaped if len(text) <= MAX_TEXT else f"{escaped}… ({len(text)} characters)"
+
+
+def escape(text: str) -> str:
+    r"""Write as \x1b and the like what could move a cursor or forge a line."""
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode()
+        for c in text
+    )
+
+
+def _clean_traceback(text: str) -> str:
+    """Keep a traceback's lines, indented: what a client has chosen can stand in any of them."""
+    return "\n".join(f"  {escape(line)}" for line in text.split("\n"))
 
 
 def _clean_values(
     _: object, __: str, event: structlog.typing.EventDict
 ) -> structlog.typing.EventDict:
     return {
-        key: clean(value) if isinstance(value, str) and key != "exception" else value
+        key: (_clean_traceback if key == "exception" else clean)(value)
+        if isinstance(value, str)
+        else value
         for key, value in event.items()
     }
 
@@ -44,7 +55,9 @@ class _Forward(logging.Handler):
         # closed" says it once.
         if record.getMessage() != "socket.send() raised exception.":
             log = structlog.get_logger()
-            log.log(record.levelno, record.getMessage(), logger=record.name, exc_info=record.exc_info)
+            log.log(
+                record.levelno, record.getMessage(), logger=record.name, exc_info=record.exc_info
+            )
 
 
 def configure(log_format: str = "text", stream: TextIO | None = None) -> None:
@@ -60,7 +73,9 @@ def configure(log_format: str = "text", stream: TextIO | None = None) -> None:
     render: Any = (
         structlog.processors.JSONRenderer(ensure_ascii=False)
         if log_format == "json"
-        else structlog.dev.ConsoleRenderer(colors=colors, pad_event_to=0)
+        else structlog.dev.ConsoleRenderer(
+            colors=colors, pad_event_to=0, exception_formatter=structlog.dev.plain_traceback
+        )
     )
     structlog.configure(
         processors=[*shared, render],
