@@ -45,7 +45,11 @@ SIGNALS = {
 
 _TERM = re.compile(rb"[A-Za-z0-9][A-Za-z0-9+._-]{0,63}")
 _ENV_NAME = re.compile(rb"[A-Za-z_][A-Za-z0-9_]{0,127}")
-_OVERRIDDEN = ("pty_req", "env", "exec")
+REFUSAL_DELAY = 0.05
+"""Seconds from a refusal's words to the refusal. The OpenSSH client exits when it reads the latter
+and forgets what it has not yet shown, so they must not come in one piece."""
+
+_OVERRIDDEN = ("pty_req", "env", "shell", "exec", "subsystem")
 
 
 class RunningProgram(Protocol):
@@ -129,10 +133,26 @@ class SessionChannel(asyncssh.SSHServerChannel[bytes]):
         packet.check_end()
         return self.channel.env_req(name, value)
 
-    def _process_exec_request(self, packet: SSHPacket) -> bool:
+    # None, for asyncssh: the answer follows. Its own types lack that.
+    def _process_shell_request(self, packet: SSHPacket) -> bool | None:  # type: ignore[override]
+        packet.check_end()
+        return self.channel.start("shell")
+
+    def _process_exec_request(self, packet: SSHPacket) -> bool | None:  # type: ignore[override]
         command = packet.get_string()
         packet.check_end()
         return self.channel.start("exec", command)
+
+    def _process_subsystem_request(self, packet: SSHPacket) -> bool | None:  # type: ignore[override]
+        subsystem = packet.get_string()
+        packet.check_end()
+        return self.channel.start("subsystem", subsystem)
+
+    def refuse_and_close(self) -> None:
+        """Answer the request that waits for it; nothing can follow on this channel but CLOSE."""
+        if not self.is_closing():
+            self._report_response(False)
+            self.close()
 
     def process_connection_close(self, exc: Exception | None) -> None:
         """Name the cause before the clean-up below looks like a CLOSE."""
@@ -273,16 +293,11 @@ class Channel(asyncssh.SSHServerSession[bytes]):
         self._env[name.decode("ascii")] = value
         return True
 
-    def shell_requested(self) -> bool:
-        """shell (RFC 4254 §6.5)."""
-        return self.start("shell")
+    def start(self, kind: str, command: bytes = b"") -> bool | None:
+        """shell, exec, subsystem (RFC 4254 §6.5): start the program, once.
 
-    def subsystem_requested(self, subsystem: str) -> bool:
-        """subsystem (RFC 4254 §6.5)."""
-        return self.start("subsystem", subsystem.encode("ascii"))
-
-    def start(self, kind: str, command: bytes = b"") -> bool:
-        """Start the program, once. A refusal says why on the client's standard error."""
+        What cannot be started is told on the client's standard error, and refused right after.
+        """
         if self._started:
             return self._refuse(kind, "a program has been started on this channel")
         self._started = True
@@ -293,9 +308,8 @@ class Channel(asyncssh.SSHServerSession[bytes]):
                 return True
             except SpawnError as exc:
                 self.notice(f"gosshd: {exc}")
-        # Nothing can follow on this channel; its CLOSE goes out behind the refusal.
-        asyncio.get_running_loop().call_soon(self.wire.close)
-        return False
+        asyncio.get_running_loop().call_later(REFUSAL_DELAY, self.wire.refuse_and_close)
+        return None
 
     def _refuse(self, request: str, reason: str) -> bool:
         log.info("request refused", request=request, reason=reason)

@@ -117,7 +117,7 @@ class Connection(asyncssh.SSHServer):
     def _spawn(self, request: Start) -> PtyProgram | PipeProgram:
         assert self.account is not None  # noqa: S101  # asyncssh opens no channel before login
         if request.kind == "subsystem":
-            name = request.command.decode("ascii")
+            name = request.command.decode("utf-8", "backslashreplace")
             raise SpawnError(f"there is no subsystem {name!r} on this server")
         command = self._command(self.account, request)
         grace = self._config.hangup_grace

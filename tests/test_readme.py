@@ -70,7 +70,7 @@ def clone(tmp_path: Path) -> Path:
     shutil.copytree(
         ROOT,
         tmp_path / "clone",
-        ignore=shutil.ignore_patterns(".git", ".venv", "ssh_host*", ".*_cache"),
+        ignore=shutil.ignore_patterns(".git", ".venv*", "ssh_host*", ".*_cache"),
     )
     return tmp_path / "clone"
 
