@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import re
 import signal
+import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
@@ -17,7 +18,7 @@ from typing import Any, Protocol
 
 import asyncssh
 import structlog
-from asyncssh.packet import SSHPacket
+from asyncssh.packet import PacketDecodeError, SSHPacket
 
 from .lifecycle import Cause, ExitStatus, SpawnError, Start, Terminal, WindowSize
 from .modes import parse_modes
@@ -35,7 +36,10 @@ MIN_PACKET = 256
 """Smallest maximum packet size accepted: at one byte a packet, 16 KiB stall the loop for 0.6 s."""
 
 CLOSE_TIMEOUT = 1.0
-"""Seconds for each step of closing a channel."""
+"""Seconds for closing a channel, from the last output to the client's CLOSE."""
+
+REKEY_TIMEOUT = 30.0
+"""Seconds in which a client must finish a key exchange while output waits for it."""
 
 SIGNALS = {
     name: getattr(signal, f"SIG{name}")
@@ -133,6 +137,13 @@ class SessionChannel(asyncssh.SSHServerChannel[bytes]):
         packet.check_end()
         return self.channel.env_req(name, value)
 
+    def _service_next_request(self) -> None:
+        # A request without its fields is refused; asyncssh would end the connection.
+        try:
+            super()._service_next_request()
+        except PacketDecodeError:
+            self._report_response(False)
+
     # None, for asyncssh: the answer follows. Its own types lack that.
     def _process_shell_request(self, packet: SSHPacket) -> bool | None:  # type: ignore[override]
         packet.check_end()
@@ -148,11 +159,21 @@ class SessionChannel(asyncssh.SSHServerChannel[bytes]):
         packet.check_end()
         return self.channel.start("subsystem", subsystem)
 
-    def refuse_and_close(self) -> None:
-        """Answer the request that waits for it; nothing can follow on this channel but CLOSE."""
+    def answer(self, accepted: bool) -> None:
+        """Answer the request that waits for it."""
         if not self.is_closing():
-            self._report_response(False)
-            self.close()
+            self._report_response(accepted)
+
+    async def keys_exchanged(self) -> None:
+        """Wait while keys are exchanged: what is sent meanwhile, asyncssh holds without a bound.
+
+        A client that starts a key exchange and does not finish it is disconnected.
+        """
+        deadline = time.monotonic() + REKEY_TIMEOUT
+        while self._conn is not None and not self._conn._kex_complete:  # noqa: SLF001
+            if time.monotonic() > deadline:
+                self._conn.abort()
+            await asyncio.sleep(0.01)  # no event tells of this, and it takes a few milliseconds
 
     def process_connection_close(self, exc: Exception | None) -> None:
         """Name the cause before the clean-up below looks like a CLOSE."""
@@ -228,6 +249,7 @@ class ChannelOutput:
 
     async def write(self, data: bytes) -> None:
         """Send data; return when window and TCP take more. BrokenPipeError: the client has gone."""
+        await self._channel.wire.keys_exchanged()
         self._channel.wire.write(data, self._datatype)
         await self._channel.writable()
 
@@ -235,6 +257,7 @@ class ChannelOutput:
 class Channel(asyncssh.SSHServerSession[bytes]):
     """One session channel. See session.Channel for what its parts promise.
 
+    turn: held while a program is started; all channels of a server share it.
     transport_open: set while the connection's TCP buffer takes more.
     accept_env: patterns of the variable names that a client may set.
     """
@@ -242,9 +265,15 @@ class Channel(asyncssh.SSHServerSession[bytes]):
     wire: SessionChannel
 
     def __init__(
-        self, start: Starter, transport_open: asyncio.Event, accept_env: Collection[str] = ()
+        self,
+        start: Starter,
+        turn: asyncio.Lock,
+        transport_open: asyncio.Event,
+        accept_env: Collection[str] = (),
     ) -> None:
         self._start = start
+        self._turn = turn
+        self._launch: asyncio.Task[None] | None = None
         self._accept_env = accept_env
         self._window_open = asyncio.Event()
         self._window_open.set()
@@ -294,22 +323,33 @@ class Channel(asyncssh.SSHServerSession[bytes]):
         return True
 
     def start(self, kind: str, command: bytes = b"") -> bool | None:
-        """shell, exec, subsystem (RFC 4254 §6.5): start the program, once.
-
-        What cannot be started is told on the client's standard error, and refused right after.
-        """
+        """shell, exec, subsystem (RFC 4254 §6.5): start the program, once. The answer follows."""
         if self._started:
             return self._refuse(kind, "a program has been started on this channel")
         self._started = True
+        self._launch = asyncio.create_task(self._start_in_turn(kind, command))
+        return None
+
+    async def _start_in_turn(self, kind: str, command: bytes) -> None:
+        """Start one program of the server per turn of the loop: a hundred at once take 150 ms.
+
+        What cannot be started is told on the client's standard error, and refused right after.
+        """
         with self._contained(kind):
             try:
-                request = Start(kind, command, self._env, self._terminal)
-                self._program = self._start(self, request)
-                return True
+                async with self._turn:
+                    await asyncio.sleep(0)
+                    if self.ended.done():
+                        return
+                    request = Start(kind, command, self._env, self._terminal)
+                    self._program = self._start(self, request)
+                self.wire.answer(accepted=True)
+                return
             except SpawnError as exc:
                 self.notice(f"gosshd: {exc}")
-        asyncio.get_running_loop().call_later(REFUSAL_DELAY, self.wire.refuse_and_close)
-        return None
+        await asyncio.sleep(REFUSAL_DELAY)
+        self.wire.answer(accepted=False)
+        self.wire.close()  # nothing can follow on this channel
 
     def _refuse(self, request: str, reason: str) -> bool:
         log.info("request refused", request=request, reason=reason)
@@ -382,7 +422,8 @@ class Channel(asyncssh.SSHServerSession[bytes]):
             if text:
                 self.notice(f"\r\ngosshd: {text}" if self._terminal else f"gosshd: {text}")
             self.ended.set_result(cause)
-        self.stdin.feed_eof()
+        if self.ended.result() is Cause.CLIENT_CLOSED:
+            self.stdin.feed_eof()  # what it sent before may still be used
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The channel is gone: by the client's CLOSE, or with its connection."""
@@ -394,25 +435,23 @@ class Channel(asyncssh.SSHServerSession[bytes]):
 
         A client that does not take what is left within CLOSE_TIMEOUT loses it.
         """
-        if not await _in_time(self.writable()):
+        try:
+            async with asyncio.timeout(CLOSE_TIMEOUT):
+                await self.writable()
+                self._say_goodbye(status)
+                await self.wire.wait_closed()
+        except TimeoutError:
             self.wire.abort()
-        if not self.wire.is_closing():
-            self.wire.write_eof()
-            if status is None:
-                self.wire.close()
-            elif status.signal:
-                name, core = status.signal_name, status.core_dumped
-                self.wire.exit_with_signal(name, core, f"killed by signal {status.signal}")
-            else:
-                self.wire.exit(status.code)
         self.end(Cause.CLIENT_CLOSED)
-        await _in_time(self.wire.wait_closed())
 
-
-async def _in_time(step: Any) -> bool:
-    try:
-        async with asyncio.timeout(CLOSE_TIMEOUT):
-            await step
-    except TimeoutError:
-        return False
-    return True
+    def _say_goodbye(self, status: ExitStatus | None) -> None:
+        if self.wire.is_closing():
+            return
+        self.wire.write_eof()
+        if status is None:
+            self.wire.close()
+        elif status.signal:
+            name, core = status.signal_name, status.core_dumped
+            self.wire.exit_with_signal(name, core, f"killed by signal {status.signal}")
+        else:
+            self.wire.exit(status.code)

@@ -77,11 +77,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     login_grace_time: Seconds = 20.0
     """Seconds in which a client must have logged in."""
 
-    hangup_grace: Seconds = 3.0
+    hangup_grace: Seconds = 2.5
     """Seconds between hanging up on a program and SIGKILL."""
 
     drain_timeout: Seconds = 1800.0
-    """Seconds that a client may take to accept what an ended program has left."""
+    """Seconds in which a client must accept some of what an ended program has left."""
 
     log_format: Literal["text", "json"] = "text"
     """Log lines for people or for programs."""

@@ -30,8 +30,11 @@ class Connection(asyncssh.SSHServer):
 
     conn: asyncssh.SSHServerConnection
 
-    def __init__(self, config: Config, connections: set[Connection], run: Runner) -> None:
+    def __init__(
+        self, config: Config, connections: set[Connection], turn: asyncio.Lock, run: Runner
+    ) -> None:
         self._config = config
+        self._turn = turn
         self._connections = connections
         self._run = run
         self._transport_open = asyncio.Event()
@@ -49,6 +52,9 @@ class Connection(asyncssh.SSHServer):
         self._connections.add(self)
         conn.pause_writing = self._transport_open.clear  # type: ignore[method-assign]
         conn.resume_writing = self._transport_open.set  # type: ignore[method-assign]
+        # asyncio reads 256 KiB at once and asyncssh handles all of it before anybody else's turn:
+        # 20,000 small requests in one read stopped everything for half a second.
+        conn._transport.max_size = 16 * 1024  # type: ignore[union-attr]  # noqa: SLF001
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Write the connection's one log line."""
@@ -99,7 +105,7 @@ class Connection(asyncssh.SSHServer):
 
     def session_requested(self) -> tuple[SessionChannel, Channel]:
         """A session channel (RFC 4254 §6.1). Every other kind is refused by asyncssh's defaults."""
-        channel = Channel(self._start, self._transport_open, self._config.accept_env)
+        channel = Channel(self._start, self._turn, self._transport_open, self._config.accept_env)
         channel.wire = SessionChannel(self.conn, channel)
         return channel.wire, channel
 
@@ -130,10 +136,9 @@ class Connection(asyncssh.SSHServer):
         here, here_port = self.conn.get_extra_info("sockname")[:2]
         argv: list[str | bytes] = [account.shell]
         argv += ["-l"] if request.kind == "shell" else ["-c", request.command]
-        env: dict[str, str | bytes] = {
+        env = {
             **account.environment(),
-            **request.env,
             "SSH_CLIENT": f"{peer} {port} {here_port}",
             "SSH_CONNECTION": f"{peer} {port} {here} {here_port}",
         }
-        return Command(argv, env, account.run_as)
+        return Command(argv, env, request.env, account.run_as)

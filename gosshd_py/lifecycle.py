@@ -19,7 +19,6 @@ class Cause(StrEnum):
     SIGNALLED = "signalled"
     CLIENT_CLOSED = "client closed"
     CONNECTION_LOST = "connection lost"
-    CLIENT_STALLED = "client stalled"
     SHUTDOWN = "shutdown"
     SPAWN_FAILED = "spawn failed"
     ERROR = "internal error"
@@ -41,7 +40,6 @@ class Event(StrEnum):
     """What moves a session from one state to the next."""
 
     SPAWNED = "program spawned"
-    SPAWN_FAILED = "spawn failed"
     CLIENT_EOF = "client EOF"
     PROGRAM_ENDED = "program ended"
     OUTPUT_ENDED = "all output delivered"
@@ -52,7 +50,6 @@ class Event(StrEnum):
 
 TRANSITIONS: Mapping[tuple[State, Event], State] = {
     (State.OPEN, Event.SPAWNED): State.RUNNING,
-    (State.OPEN, Event.SPAWN_FAILED): State.CLOSED,
     (State.RUNNING, Event.CLIENT_EOF): State.INPUT_ENDED,
     (State.RUNNING, Event.PROGRAM_ENDED): State.DRAINING,
     (State.INPUT_ENDED, Event.PROGRAM_ENDED): State.DRAINING,
@@ -90,6 +87,8 @@ class Life:
     cause: Cause | None = None
     bytes_in: int = 0
     bytes_out: int = 0
+    writes_waiting: int = 0
+    """Outputs that wait for the client just now."""
 
     def advance(self, event: Event) -> None:
         """Take one step. Raises KeyError for a step that the table does not have."""
@@ -186,4 +185,6 @@ class Ending:
     bytes_in: int
     bytes_out: int
     seconds: float
+    delivered: bool
+    """Whether the client got all that the program wrote."""
     error: BaseException | None = None

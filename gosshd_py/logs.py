@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from typing import Any, TextIO
+from contextlib import suppress
+from typing import Any, TextIO, cast
 
 import structlog
 
@@ -60,6 +61,21 @@ class _Forward(logging.Handler):
             )
 
 
+class _Lossy:
+    """A stream whose reader may go away or whose disk may be full: then lines are lost, no more."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        with suppress(OSError):
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+
 def configure(log_format: str = "text", stream: TextIO | None = None) -> None:
     """Set up structlog for the whole process. log_format: "text" or "json"."""
     stream = stream or sys.stderr
@@ -79,7 +95,7 @@ def configure(log_format: str = "text", stream: TextIO | None = None) -> None:
     )
     structlog.configure(
         processors=[*shared, render],
-        logger_factory=structlog.PrintLoggerFactory(stream),
+        logger_factory=structlog.PrintLoggerFactory(cast("TextIO", _Lossy(stream))),
         cache_logger_on_first_use=False,
     )
     logging.basicConfig(handlers=[_Forward()], level=logging.WARNING, force=True)

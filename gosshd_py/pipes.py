@@ -40,7 +40,7 @@ class PipeProgram:
         self.outputs = (Descriptor(stdout), Descriptor(stderr))
 
     @classmethod
-    def spawn(cls, command: Command, grace: float = 3.0) -> PipeProgram:
+    def spawn(cls, command: Command, grace: float = 2.5) -> PipeProgram:
         """Start command. grace: seconds between SIGHUP and SIGKILL. Raises SpawnError."""
         fds: list[int] = []
         try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +20,8 @@ from .lifecycle import ExitStatus, SpawnError
 CHUNK = 64 * 1024
 """Bytes per read at most, so that one loud session leaves the loop to the others."""
 
+_SETPRIV = shutil.which("setpriv") or "/usr/bin/setpriv"  # looked up once, in our own PATH
+
 KILL_WAIT = 1.0
 """Seconds to wait for a child after SIGKILL; only one stuck in the kernel takes longer."""
 
@@ -27,11 +30,14 @@ KILL_WAIT = 1.0
 class Command:
     """What to execute: absolute path and arguments, and the whole environment.
 
+    client_env: what the client adds to it. It is not there before the user is changed, or a
+    client could choose what root runs and loads (PATH, LD_PRELOAD).
     run_as: (uid, gid) to become, with that user's groups; None keeps the server's own.
     """
 
     argv: Sequence[str | bytes]
-    env: Mapping[str, str | bytes] = field(default_factory=dict)
+    env: Mapping[str, str] = field(default_factory=dict)
+    client_env: Mapping[str, bytes] = field(default_factory=dict)
     run_as: tuple[int, int] | None = None
 
 
@@ -40,7 +46,8 @@ _CHDIR = """cd -- "$HOME" 2>/dev/null || {
   echo "gosshd: cannot enter the home directory $HOME, starting in /" >&2; cd /; }
 unset OLDPWD
 """
-_EXEC = 'exec "$@"'
+# The words before -- are NAME=VALUE.
+_EXPORT_AND_EXEC = 'while [ "$1" != -- ]; do export "$1"; shift; done; shift; exec "$@"'
 
 # A session leader without a controlling terminal gets the first one it opens (credentials(7),
 # tty(4)). Popen has called setsid(2); opening the pty by name does the rest.
@@ -59,8 +66,10 @@ def spawn(command: Command, *, stdin: int, stdout: int, stderr: int, terminal: b
         raise SpawnError("the command holds a NUL byte, which no argument can")
     if not os.access(program, os.X_OK):
         raise SpawnError(f"{os.fsdecode(program)}: not found or not executable on this server")
-    script = (_TAKE_TERMINAL if terminal else "") + _CHDIR + _EXEC
-    argv = [*_become(command.run_as), "/bin/sh", "-c", script, "sh", *command.argv]
+    script = (_TAKE_TERMINAL if terminal else "") + _CHDIR + _EXPORT_AND_EXEC
+    exports = [f"{name}=".encode() + value for name, value in command.client_env.items()]
+    shell = ["/bin/sh", "-c", script, "sh"]
+    argv = [*_become(command.run_as), *shell, *exports, "--", *command.argv]
     try:
         popen = subprocess.Popen(
             argv, env=command.env, stdin=stdin, stdout=stdout, stderr=stderr, start_new_session=True
@@ -81,7 +90,7 @@ def _become(run_as: tuple[int, int] | None) -> list[str]:
     if run_as is None:
         return []
     uid, gid = run_as
-    return ["setpriv", f"--reuid={uid}", f"--regid={gid}", "--init-groups", "--"]
+    return [_SETPRIV, f"--reuid={uid}", f"--regid={gid}", "--init-groups", "--"]
 
 
 def reset_signals() -> None:

@@ -15,6 +15,7 @@ import select
 import struct
 import termios
 from contextlib import suppress
+from dataclasses import replace
 from grp import getgrnam
 
 from ptyprocess import PtyProcess
@@ -34,6 +35,7 @@ The kernel holds about 22 KiB of a pty's output, so nothing that the program wro
 REOPEN_WAIT = 0.1
 """Seconds between looks at a terminal that no process has open just now."""
 
+_PEER_FLAGS = os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC
 TIOCGPTPEER = 0x5441  # from Linux's headers: the slave of a master, opened without its name
 
 
@@ -51,7 +53,10 @@ class PtyHandle(PtyProcess):  # type: ignore[misc]  # no types
 class PtyProgram:
     """A running program on a pty. See session.Program for what its parts promise."""
 
-    __slots__ = ("_child", "_grace", "_handle", "_late_bytes", "_late_seconds", "_master", "ended")
+    __slots__ = (
+        *("_child", "_grace", "_handle", "_late_bytes", "_late_seconds", "_line_open", "_master"),
+        "ended",
+    )
 
     def __init__(self, handle: PtyHandle, child: Child, grace: float) -> None:
         self._handle = handle
@@ -59,11 +64,12 @@ class PtyProgram:
         self._grace = grace
         self._master = Descriptor(handle.fd, handle.fileobj.close)
         self._late_bytes, self._late_seconds = LATE_BYTES, LATE_SECONDS
+        self._line_open = False
         self.ended: asyncio.Future[ExitStatus] = child.ended
         self.ended.add_done_callback(lambda _: self._master.wake_reader())
 
     @classmethod
-    def spawn(cls, command: Command, terminal: Terminal, grace: float = 3.0) -> PtyProgram:
+    def spawn(cls, command: Command, terminal: Terminal, grace: float = 2.5) -> PtyProgram:
         """Start command on a new pty. grace: seconds between hang-up and SIGKILL.
 
         Adds TERM and SSH_TTY to the environment. Raises SpawnError.
@@ -77,7 +83,10 @@ class PtyProgram:
             set_size(slave, terminal.size)
             name = _give(slave, command)
             env = {**command.env, "TERM": terminal.term, "SSH_TTY": name}
-            started = Command(command.argv, env, command.run_as)
+            client_env = {
+                key: command.client_env[key] for key in command.client_env if key != "TERM"
+            }
+            started = replace(command, env=env, client_env=client_env)
             child = spawn(started, stdin=slave, stdout=slave, stderr=slave, terminal=True)
         except BaseException as exc:
             os.close(master)
@@ -131,7 +140,10 @@ class PtyProgram:
 
         While the program lives it may open /dev/tty again, so only its end makes this the end.
         """
-        return not self.ended.done() and not await self._child.ends_within(REOPEN_WAIT)
+        if self.ended.done():
+            return False
+        await self._child.ends_within(REOPEN_WAIT)
+        return True  # and one more look after its end: it may have opened, written and ended
 
     async def _more_output(self) -> bool:
         """Wait for output, at least one turn of the loop. False: ended, and quiet since then."""
@@ -152,15 +164,18 @@ class PtyProgram:
     async def write(self, data: bytes) -> None:
         """Type data at the terminal, as fast as it takes it. Raises OSError once closed."""
         await self._master.write(data)
+        self._line_open = data[-1:] not in (b"\r", b"\n")
 
     async def write_eof(self) -> None:
-        """Type the terminal's VEOF character, once, so that a program sees it (termios(3)).
+        """Type the terminal's VEOF character so that a program sees end of file (termios(3)).
 
-        Typed ahead it can get lost: the kernel drops a waiting end of file when a program
-        leaves canonical mode, as bash does before each prompt. So it is typed when all other
-        input is taken, and again only if a change of mode has swallowed it.
+        Once, but for two cases. Behind an unfinished line the first one only hands over the
+        line. And typed ahead it can get lost: the kernel drops a waiting end of file when a
+        program leaves canonical mode, as bash does before each prompt. So it is typed when all
+        other input is taken, and again if a change of mode has swallowed it.
         """
-        while self._master.fd >= 0:
+        needed = 2 if self._line_open else 1
+        while needed and self._master.fd >= 0:
             await self._input_taken()
             mode = termios.tcgetattr(self._master.fd)
             veof = mode[6][termios.VEOF]
@@ -171,7 +186,7 @@ class PtyProgram:
                 return  # a raw program reads the character itself
             await self._input_taken()
             if termios.tcgetattr(self._master.fd)[3] & termios.ICANON:
-                return
+                needed -= 1
 
     async def _input_taken(self) -> None:
         """Wait until the terminal holds no unread input, not even a waiting end of file."""
@@ -179,9 +194,10 @@ class PtyProgram:
         while True:
             await asyncio.sleep(pause)  # no event tells of this: look, ever more rarely
             pause = min(2 * pause, 0.05)
-            slave = fcntl.ioctl(
-                self._master.fd, TIOCGPTPEER, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC
-            )
+            try:
+                slave = fcntl.ioctl(self._master.fd, TIOCGPTPEER, _PEER_FLAGS)
+            except OSError:
+                return  # no descriptor to look through: better typed early than never
             try:
                 poll = select.poll()
                 poll.register(slave, select.POLLIN)

@@ -27,6 +27,8 @@ __all__ = ["ListenError", "Server", "serve"]
 
 log = structlog.get_logger()
 
+SHUTDOWN_NOTICE = "the server is shutting down"
+
 LEAVE_TIME = 0.5
 """Seconds that clients get, at shutdown, to leave by themselves after their last CLOSE."""
 
@@ -48,7 +50,8 @@ class Server:
     """The running server: `async with Server(config) as server`, then wait for what you like.
 
     Leaving the block stops it: the listeners first, then every session (which gets a line on
-    its terminal and is hung up), then the connections. It takes less than five seconds.
+    its terminal and is hung up), then the connections. With the default hangup_grace it takes
+    less than five seconds, whatever clients and programs do.
     """
 
     def __init__(self, config: Config) -> None:
@@ -57,6 +60,8 @@ class Server:
         """Where it listens, with the real ports."""
         self.host_keys: list[asyncssh.SSHKey] = []
         self.connections: set[Connection] = set()
+        self._turn = asyncio.Lock()
+        self._stopping = False
         self._sessions: dict[asyncio.Task[None], Channel] = {}
         self._listeners: list[asyncssh.SSHAcceptor] = []
 
@@ -80,7 +85,7 @@ class Server:
             sock=sock,
             backlog=BACKLOG,
             server_factory=functools.partial(
-                Connection, self.config, self.connections, self._run_session
+                Connection, self.config, self.connections, self._turn, self._run_session
             ),
             server_host_keys=self.host_keys,
             server_version="gosshd_py",
@@ -110,6 +115,8 @@ class Server:
     def _run_session(
         self, connection: Connection, channel: Channel, start: Start, program: Program
     ) -> None:
+        if self._stopping:
+            channel.end(Cause.SHUTDOWN, SHUTDOWN_NOTICE)
         task = asyncio.create_task(self._session(connection, channel, start, program))
         self._sessions[task] = channel
         task.add_done_callback(self._session_over)
@@ -132,6 +139,7 @@ class Server:
             bytes_in=ending.bytes_in,
             bytes_out=ending.bytes_out,
             seconds=round(ending.seconds, 3),
+            delivered=ending.delivered,
         )
 
     def _session_over(self, task: asyncio.Task[None]) -> None:
@@ -143,11 +151,12 @@ class Server:
 
     async def __aexit__(self, *_: object) -> None:
         """Stop. See the class."""
+        self._stopping = True
         for listener in self._listeners:
             listener.close()
         for channel in list(self._sessions.values()):
-            channel.end(Cause.SHUTDOWN, "the server is shutting down")
-        if self._sessions:
+            channel.end(Cause.SHUTDOWN, SHUTDOWN_NOTICE)
+        while self._sessions:
             await asyncio.wait(self._sessions)  # each has its own deadlines
         connections = list(self.connections)
         for connection in connections:

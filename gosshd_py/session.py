@@ -13,7 +13,9 @@ from collections.abc import Sequence
 from contextlib import aclosing
 from typing import Any, Protocol
 
-from .lifecycle import Cause, Ending, Event, ExitStatus, Life, Listener
+from .lifecycle import Cause, Ending, Event, ExitStatus, Life, Listener, State
+
+Task = asyncio.Task[None]
 
 INPUT_GRACE = 0.2
 """Seconds in which a program may take what a client sent just before its CLOSE."""
@@ -82,17 +84,18 @@ async def run_session(
 ) -> Ending:
     """Carry bytes between channel and program to the first end, close both, tell how it went.
 
-    drain_timeout: seconds that a client may take to accept what an ended program has left.
+    drain_timeout: seconds in which a client must accept some of what an ended program has left.
     An error in our own code ends the session like everything else and is in the result.
     """
     life = Life(listener)
     error: Exception | None = None
+    delivered = False
     began = time.monotonic()
     life.advance(Event.SPAWNED)
     try:
         async with aclosing(program):
             try:
-                await _carry(channel, program, life, drain_timeout)
+                delivered = await _carry(channel, program, life, drain_timeout)
             except Exception as exc:
                 error = exc
                 life.blame(Cause.ERROR)
@@ -103,30 +106,39 @@ async def run_session(
         status = program.ended.result() if program.ended.done() else None
         await channel.aclose(status)
     life.advance(Event.CHANNEL_CLOSED)
-    cause = life.blame(Cause.ERROR)
-    return Ending(cause, status, life.bytes_in, life.bytes_out, time.monotonic() - began, error)
+    cause, seconds = life.blame(Cause.ERROR), time.monotonic() - began
+    return Ending(cause, status, life.bytes_in, life.bytes_out, seconds, delivered, error)
 
 
-async def _carry(channel: Channel, program: Program, life: Life, drain_timeout: float) -> None:
-    """Wait for the first end, name it, and leave nothing running."""
+async def _carry(channel: Channel, program: Program, life: Life, drain_timeout: float) -> bool:
+    """Wait for the first end, name it, and leave no copier running. Returns whether all arrived."""
     bridge = asyncio.create_task(_bridge(channel, program, life))
     try:
         await _first(bridge, program.ended, channel.ended)
         if program.ended.done():
             life.blame(Cause.SIGNALLED if program.ended.result().signal else Cause.EXITED)
             life.advance(Event.PROGRAM_ENDED)
-            await _first(bridge, channel.ended, within=drain_timeout)
-        if bridge.done():
-            bridge.result()  # raises what went wrong in it
-            life.advance(Event.OUTPUT_ENDED)
-        else:
-            cause = channel.ended.result() if channel.ended.done() else Cause.CLIENT_STALLED
-            if life.blame(cause) is Cause.CLIENT_CLOSED:
-                await _first(bridge, within=INPUT_GRACE)
-            life.advance(Event.CUT)
+            await _drained(bridge, channel, life, drain_timeout)
+        elif channel.ended.done() and life.blame(channel.ended.result()) is Cause.CLIENT_CLOSED:
+            await _first(bridge, within=INPUT_GRACE)
     finally:
+        delivered = bridge.done()
         bridge.cancel()
         await asyncio.wait({bridge})
+    if delivered:
+        bridge.result()  # raises what went wrong in it
+    delivered = delivered and life.state is State.DRAINING
+    life.advance(Event.OUTPUT_ENDED if delivered else Event.CUT)
+    return delivered
+
+
+async def _drained(bridge: Task, channel: Channel, life: Life, drain_timeout: float) -> None:
+    """Wait until all output is delivered, the client has gone, or takes nothing of what waits."""
+    while not (bridge.done() or channel.ended.done()):
+        before = life.bytes_out
+        await _first(bridge, channel.ended, within=drain_timeout)
+        if life.writes_waiting and life.bytes_out == before:
+            return
 
 
 async def _first(*ends: asyncio.Future[Any], within: float | None = None) -> None:
@@ -145,10 +157,13 @@ async def _bridge(channel: Channel, program: Program, life: Life) -> None:
 
 async def _copy_output(source: Source, sink: Sink, life: Life) -> None:
     while data := await source.read():
+        life.writes_waiting += 1
         try:
             await sink.write(data)
         except BrokenPipeError:
             return  # the client has gone: channel.ended says why
+        finally:
+            life.writes_waiting -= 1
         life.bytes_out += len(data)
 
 

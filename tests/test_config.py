@@ -1,0 +1,312 @@
+"""Settings: what a file and the flags may say, and that everything else is named and refused."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import pwd
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gosshd_py.accounts import open_account
+from gosshd_py.config import Address, Config, ConfigError, is_loopback, load_config, parse_address
+
+KEYS = [field.name for field in msgspec.structs.fields(Config)]
+
+
+def load(directory: Path, text: str | bytes, **flags: object) -> Config:
+    file = directory / "gosshd.toml"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return load_config(str(file), flags)
+
+
+def problems(directory: Path, text: str | bytes, **flags: object) -> list[str]:
+    """What is wrong with a file, without its folder's name."""
+    with pytest.raises(ConfigError) as info:
+        load(directory, text, **flags)
+    assert str(info.value).splitlines() == info.value.problems
+    return [line.removeprefix(f"{directory}/") for line in info.value.problems]
+
+
+# -- what may be said ------------------------------------------------------------------------------
+
+
+def test_no_file_and_an_empty_one_are_the_defaults(tmp_path: Path) -> None:
+    assert load_config() == load(tmp_path, "") == Config()
+
+
+def test_a_file_may_set_everything(tmp_path: Path) -> None:
+    text = """
+        listen = ["0.0.0.0:22", "[::1]:0", "some.name:2222"]
+        hostkeys = "keys"
+        shell = "/bin/sh"
+        run_as = ""
+        home = "/home/{user}/x"
+        accept_env = ["FOO", "BAR_*"]
+        open_to_network = true
+        client_alive_interval = 0
+        client_alive_count_max = 1
+        login_grace_time = 0.5
+        hangup_grace = 1
+        drain_timeout = 60
+        log_format = "json"
+    """
+    config = load(tmp_path, text)
+    assert set(KEYS) == {line.split("=")[0].strip() for line in text.splitlines() if line.strip()}
+    assert config.addresses == (("0.0.0.0", 22), ("::1", 0), ("some.name", 2222))
+    assert config.hostkeys_dir == Path("keys")
+    assert (config.client_alive_interval, config.login_grace_time) == (0.0, 0.5)
+    assert (config.accept_env, config.log_format) == (("FOO", "BAR_*"), "json")
+
+
+def test_flags_override_even_what_is_wrong_in_the_file(tmp_path: Path) -> None:
+    config = load(tmp_path, 'listen = 5\nshell = "/bin/sh"\n', listen=("127.0.0.1:1",))
+    assert (config.listen, config.shell) == (("127.0.0.1:1",), "/bin/sh")
+
+
+def test_the_home_template_holds_the_login_name(tmp_path: Path) -> None:
+    config = load(tmp_path, 'home = "/home/{user}/of/{user}"')
+    assert open_account(config, "eve").home == "/home/eve/of/eve"
+    assert open_account(Config(), "eve").home == pwd.getpwuid(os.geteuid()).pw_dir
+
+
+# -- what may not ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("shel = 1", "1: shel: unknown key; did you mean shell?"),
+        ("x = 1", f"1: x: unknown key; known are {', '.join(KEYS)}"),
+        ("\n[server]\nlisten = []", "2: server: unknown key"),
+        ("[[home]]\nx = 1", "1: home: expected a string, not [{'x': 1}]"),
+        ("home.x = 1", "1: home: expected a string, not {'x': 1}"),
+        ("listen-on = 1", "1: listen-on: unknown key; did you mean listen?"),
+        ("'shell' = 3", "1: shell: expected a string, not 3"),
+        ("accept_env = [\n'shell'\n]\nshell = 3", "4: shell: expected a string, not 3"),
+        ("listen = '127.0.0.1:1'", "1: listen: expected a list, not '127.0.0.1:1'"),
+        ("listen = [1]", "1: listen: expected a list, each item a string, not [1]"),
+        ("listen = []", "1: listen: is empty; name at least one HOST:PORT"),
+        (
+            "listen = ['a']",
+            "1: listen: 'a' is not HOST:PORT or [IPV6]:PORT with a port up to 65535",
+        ),
+        ("listen = ['127.0.0.1:65536']", "1: listen: '127.0.0.1:65536' is not HOST:PORT"),
+        ("listen = ['::1:22']", "1: listen: '::1:22' is not HOST:PORT or [IPV6]:PORT"),
+        ("listen = ['0.0.0.0:1']", "1: listen: 0.0.0.0:1 can be reached from other machines"),
+        ("listen = ['[::]:1']", "1: listen: [::]:1 can be reached from other machines"),
+        ("listen = ['my.host:1']", "1: listen: my.host:1 can be reached from other machines"),
+        ('listen = ["localhost\\u0000:1"]', "1: listen: holds a NUL character"),
+        ("open_to_network = 'yes'", "1: open_to_network: expected true or false, not 'yes'"),
+        ("shell = 'bash'", "1: shell: 'bash' is not an absolute path; try /"),
+        ("shell = ''", "1: shell: '' is not an absolute path; try /bin/bash"),
+        ("shell = '/no/shell'", "1: shell: /no/shell is not an executable file; install it"),
+        ("shell = '/tmp'", "1: shell: /tmp is not an executable file; install it"),
+        ("shell = '/etc/passwd'", "1: shell: /etc/passwd is not an executable file; install it"),
+        ('shell = "/bin/sh\\u0000"', "1: shell: holds a NUL character"),
+        ('hostkeys = "a\\u0000"', "1: hostkeys: holds a NUL character"),
+        ("home = 'x'", "1: home: 'x' is not an absolute path; begin it with /"),
+        ("home = '{user}'", "1: home: '{user}' is not an absolute path; begin it with /"),
+        ("home = '/{user.__class__}'", "1: home: '/{user.__class__}' may hold {user} and no other"),
+        ("home = '/{user[0]}'", "1: home: '/{user[0]}' may hold {user} and no other braces"),
+        ("home = '/{user!r}'", "1: home: '/{user!r}' may hold {user} and no other braces"),
+        ("home = '/{user:>99999999}'", "1: home: '/{user:>99999999}' may hold {user} and no other"),
+        ("home = '/{0}'", "1: home: '/{0}' may hold {user} and no other braces"),
+        ("home = '/{}'", "1: home: '/{}' may hold {user} and no other braces"),
+        ("home = '/{name}'", "1: home: '/{name}' may hold {user} and no other braces"),
+        ("home = '/{{'", "1: home: '/{{' may hold {user} and no other braces"),
+        ("home = 1979-05-27", "1: home: expected a string, not datetime.date(1979, 5, 27)"),
+        ("client_alive_interval = true", "1: client_alive_interval: expected a number, not True"),
+        (
+            "client_alive_interval = -1",
+            "1: client_alive_interval: expected a number >= 0.0, not -1",
+        ),
+        ("client_alive_count_max = 0", "1: client_alive_count_max: expected a whole number >= 1"),
+        ("client_alive_count_max = 1.5", "1: client_alive_count_max: expected a whole number, not"),
+        ("login_grace_time = 0", "1: login_grace_time: expected a number > 0.0, not 0"),
+        ("login_grace_time = nan", "1: login_grace_time: expected a number > 0.0, not nan"),
+        ("hangup_grace = '3'", "1: hangup_grace: expected a number, not '3'"),
+        ("log_format = 'xml'", "1: log_format: expected text or json, not 'xml'"),
+    ],
+)
+def test_a_problem_names_its_line_its_key_and_the_remedy(
+    tmp_path: Path, text: str, problem: str
+) -> None:
+    (line,) = problems(tmp_path, text)
+    assert line.startswith(f"gosshd.toml:{problem}")
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (b"listen = = 1", "not valid TOML: Invalid value (at line 1, column 10)"),
+        (b"shell = '/bin/sh'\nshell = '/bin/sh'", "not valid TOML: Cannot overwrite a value"),
+        (b"shell = '\xff'", "byte 9 is not UTF-8; save the file as UTF-8"),
+        ("shell = 1".encode("utf-16"), "byte 0 is not UTF-8; save the file as UTF-8"),
+        (b"client_alive_count_max = " + b"9" * 5000, "not valid TOML: Exceeds the limit"),
+        (b"listen = " + b"[" * 5000, "not valid TOML: "),
+    ],
+)
+def test_a_file_that_cannot_be_read_as_toml_is_one_problem(
+    tmp_path: Path, text: bytes, problem: str
+) -> None:
+    (line,) = problems(tmp_path, text)
+    assert line.startswith(f"gosshd.toml: {problem}")
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    for path, reason in (
+        (tmp_path / "no", "No such file or directory"),
+        (tmp_path, "Is a directory"),
+    ):
+        with pytest.raises(ConfigError) as info:
+            load_config(str(path))
+        assert info.value.problems == [f"{path}: {reason}"]
+
+
+def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
+    text = 'shell = "x"\nhoem = "/"\nlisten = ["a", "127.0.0.1:1", "1.2.3.4:1"]\nlog_format = 1\n'
+    places = [":".join(line.split(":")[1:3]) for line in problems(tmp_path, text, home="{0}")]
+    assert sorted(places) == [
+        *(" '{0}' may hold {user} and no other braces", "1: shell", "2: hoem"),
+        *("3: listen", "3: listen", "4: log_format"),
+    ]
+
+
+def test_a_flag_at_fault_is_named_as_it_was_typed() -> None:
+    with pytest.raises(ConfigError) as info:
+        load_config(None, {"run_as": "no such user", "log_format": "xml"})
+    assert [line.split(":")[0] for line in info.value.problems] == ["--log-format", "--run-as"]
+
+
+def test_only_root_can_run_shells_as_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    (line,) = problems(tmp_path, 'run_as = "nobody"')
+    assert line.startswith(
+        "gosshd.toml:1: run_as: only root may run shells as nobody; start the server as root"
+    )
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gets that far")
+def test_a_user_to_run_as_must_exist_and_so_must_setpriv(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert load(tmp_path, 'run_as = "nobody"').run_as == "nobody"
+    (line,) = problems(tmp_path, 'run_as = "nosuchuser"')
+    assert line == (
+        "gosshd.toml:1: run_as: there is no user nosuchuser on this machine; create it with useradd"
+    )
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (line,) = problems(tmp_path, 'run_as = "nobody"')
+    assert line == "gosshd.toml:1: run_as: needs the program setpriv (package util-linux)"
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3),
+    max_leaves=4,
+)
+
+
+@given(st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=8), values, max_size=4))
+def test_any_settings_are_a_config_or_lines_that_say_why_not(
+    tmp_path_factory: pytest.TempPathFactory, settings: dict[str, object]
+) -> None:
+    """JSON's spelling is TOML's for most values; the rest is broken TOML, which is welcome too."""
+    text = "\n".join(f"{json.dumps(key)} = {json.dumps(value)}" for key, value in settings.items())
+    file = tmp_path_factory.getbasetemp() / "any.toml"
+    file.write_text(text)
+    try:
+        config = load_config(str(file))
+    except ConfigError as exc:
+        assert exc.problems
+        assert all(line.startswith(f"{file}:") for line in exc.problems)
+        assert len(exc.problems) <= max(1, sum(len(str(value)) + 1 for value in settings.values()))
+    else:
+        assert all(is_loopback(address.host) for address in config.addresses)
+
+
+# -- addresses -------------------------------------------------------------------------------------
+
+ports = st.integers(0, 65535)
+
+
+@given(st.ip_addresses(), ports)
+def test_every_ip_address_and_port_is_an_address(
+    ip: ipaddress.IPv4Address | ipaddress.IPv6Address, port: int
+) -> None:
+    address = Address(str(ip), port)
+    assert parse_address(str(address)) == address
+    assert str(address) == (f"[{ip}]:{port}" if ip.version == 6 else f"{ip}:{port}")
+
+
+@given(st.text(max_size=30) | st.from_regex(r"\[?[0-9a-f:.%]*\]?:\d*", fullmatch=True))
+def test_any_text_is_an_address_or_a_value_error(text: str) -> None:
+    try:
+        host, port = address = parse_address(text)
+    except ValueError as exc:
+        assert "HOST:PORT" in str(exc)
+        return
+    assert host
+    assert not set(host) & set("[] \t\n")
+    assert 0 <= port <= 65535
+    assert parse_address(str(address)) == address
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "",
+            ":",
+            ":22",
+            "host",
+            "host:",
+            "host:-1",
+            "host:65536",
+            "host:1e3",
+            "host: 22",
+            "a b:22",
+        ),
+        *("::1:22", "::1", "[::1]", "[::1]22", "[]:22", "[host]:22", "[1.2.3.4]:22", "[::1]:22 "),
+        *("[::1:22", "[[::1]]:22", "host:２２", "host:\n22", "host:22\n", "user@host:22:22"),
+    ],
+)
+def test_what_is_no_address(text: str) -> None:
+    with pytest.raises(ValueError, match="HOST:PORT"):
+        parse_address(text)
+
+
+def test_an_ipv6_address_may_name_its_interface() -> None:
+    assert parse_address("[fe80::1%br-0123]:22") == ("fe80::1%br-0123", 22)
+
+
+@given(st.ip_addresses(), ports)
+def test_only_loopback_is_listened_on_unasked(
+    ip: ipaddress.IPv4Address | ipaddress.IPv6Address, port: int
+) -> None:
+    flags = {"listen": [str(Address(str(ip), port))]}
+    assert load_config(None, {**flags, "open_to_network": True}).addresses == ((str(ip), port),)
+    if ip in ipaddress.ip_network("127.0.0.0/8") or str(ip) == "::1":
+        assert load_config(None, flags).addresses == ((str(ip), port),)
+    else:
+        with pytest.raises(ConfigError, match="--open-to-network"):
+            load_config(None, flags)
+
+
+@given(st.integers(0, 2**24 - 1))
+def test_all_of_127_is_loopback(number: int) -> None:
+    assert is_loopback(str(ipaddress.IPv4Address(127 * 2**24 + number)))
+
+
+def test_names_count_as_loopback_only_if_it_is_localhost() -> None:
+    assert is_loopback("localhost")
+    for name in ("localhost.example.org", "127.0.0.1.example.org", "127.1", "0", ""):
+        assert not is_loopback(name)
