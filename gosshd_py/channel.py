@@ -8,12 +8,9 @@ break act at once; a mistake in here or from the client ends this channel, not t
 from __future__ import annotations
 
 import asyncio
-import re
-import signal
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
-from fnmatch import fnmatchcase
 from typing import Any, Protocol
 
 import asyncssh
@@ -22,6 +19,7 @@ from asyncssh.packet import PacketDecodeError, SSHPacket
 
 from .lifecycle import Cause, ExitStatus, SpawnError, Start, Terminal, WindowSize
 from .modes import parse_modes
+from .requests import SIGNALS, env_allowed, parse_size, parse_term
 
 log = structlog.get_logger()
 
@@ -41,14 +39,6 @@ CLOSE_TIMEOUT = 1.0
 REKEY_TIMEOUT = 30.0
 """Seconds in which a client must finish a key exchange while output waits for it."""
 
-SIGNALS = {
-    name: getattr(signal, f"SIG{name}")
-    for name in ("HUP", "INT", "KILL", "QUIT", "TERM", "USR1", "USR2")
-}
-"""What a client may send; as in OpenSSH's sshd, not the ones that only crash (SEGV, ILL, …)."""
-
-_TERM = re.compile(rb"[A-Za-z0-9][A-Za-z0-9+._-]{0,63}")
-_ENV_NAME = re.compile(rb"[A-Za-z_][A-Za-z0-9_]{0,127}")
 REFUSAL_DELAY = 0.05
 """Seconds from a refusal's words to the refusal. The OpenSSH client exits when it reads the latter
 and forgets what it has not yet shown, so they must not come in one piece."""
@@ -66,39 +56,6 @@ class RunningProgram(Protocol):
 
 Starter = Callable[["Channel", Start], RunningProgram]
 """Starts a program and its session on a channel. Raises SpawnError with words for the client."""
-
-
-# -- pure parts: bytes of a request → checked values, or ValueError ----------------------------
-
-
-def parse_size(columns: int, rows: int, xpixel: int, ypixel: int, old: WindowSize) -> WindowSize:
-    """Check a size from the wire (uint32 each). ValueError beyond what a terminal can be.
-
-    Zero means "ignore" (RFC 4254 §6.2), so it leaves the old value. Sizes in pixels are only
-    informative: impossible ones count as unknown.
-    """
-    if columns > 0xFFFF or rows > 0xFFFF:
-        raise ValueError(f"a terminal of {columns}×{rows} characters is beyond 65535×65535")
-    if xpixel > 0xFFFF or ypixel > 0xFFFF:
-        xpixel = ypixel = 0
-    return WindowSize(columns or old.columns, rows or old.rows, xpixel, ypixel)
-
-
-def parse_term(term: bytes) -> str:
-    """Check TERM; no name at all is a dumb terminal. ValueError for what no terminfo name has."""
-    if term and not _TERM.fullmatch(term):
-        raise ValueError("TERM is not the name of a terminal")
-    return term.decode("ascii") or "dumb"
-
-
-def env_allowed(name: bytes, value: bytes, accepted: Collection[str]) -> bool:
-    """Whether a client may set this variable: a well-formed name that the patterns accept."""
-    return (
-        _ENV_NAME.fullmatch(name) is not None
-        and b"\0" not in value
-        and len(value) <= 4096
-        and any(fnmatchcase(name.decode("ascii"), pattern) for pattern in accepted)
-    )
 
 
 # -- the wire: what asyncssh's public callbacks cannot see or refuse ---------------------------

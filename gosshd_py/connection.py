@@ -54,7 +54,7 @@ class Connection(asyncssh.SSHServer):
         conn.resume_writing = self._transport_open.set  # type: ignore[method-assign]
         # asyncio reads 256 KiB at once and asyncssh handles all of it before anybody else's turn:
         # 20,000 small requests in one read stopped everything for half a second.
-        conn._transport.max_size = 16 * 1024  # type: ignore[union-attr]  # noqa: SLF001
+        conn._transport.max_size = 8 * 1024  # type: ignore[union-attr]  # noqa: SLF001
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Write the connection's one log line."""

@@ -7,6 +7,8 @@ import json
 import os
 import select
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import time
@@ -20,6 +22,7 @@ import paramiko
 import pexpect
 
 ROOT = Path(__file__).parent.parent
+MIB = 1024 * 1024
 SOAK = os.environ.get("GOSSHD_SOAK") == "1"
 
 
@@ -184,3 +187,11 @@ def run(coroutine: Any, seconds: float = 120.0) -> Any:
             return await coroutine
 
     return asyncio.run(limited())
+
+
+def reset(conn: asyncssh.SSHClientConnection) -> None:
+    """Cut the connection by RST, as a crashed machine's kernel does."""
+    conn.get_extra_info("socket").setsockopt(
+        socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+    )
+    conn.abort()

@@ -14,7 +14,7 @@ PACKAGE = Path(gosshd_py.__file__).parent
 # A room may import only rooms of earlier rows.
 ROWS = (
     {"lifecycle", "config", "logs"},
-    {"process", "modes", "session", "hostkeys", "listen", "accounts"},
+    {"process", "modes", "requests", "session", "hostkeys", "listen", "accounts"},
     {"channel", "pty", "pipes"},
     {"connection"},
     {"server"},

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gosshd_py.accounts import valid_user_name
-from gosshd_py.channel import env_allowed, parse_size, parse_term
 from gosshd_py.lifecycle import ExitStatus, WindowSize
 from gosshd_py.modes import parse_modes, set_modes
+from gosshd_py.requests import env_allowed, parse_size, parse_term
 
 uint32 = st.integers(0, 2**32 - 1)
 ACCEPTED = ("TERM", "LANG", "LC_*")

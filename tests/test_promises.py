@@ -8,7 +8,6 @@ import random
 import resource
 import signal
 import socket
-import struct
 import subprocess
 import time
 from typing import Any
@@ -16,9 +15,7 @@ from typing import Any
 import asyncssh
 import pytest
 
-from .serving import SOAK, Served, alive, ptys, run, wait_for
-
-MIB = 1024 * 1024
+from .serving import MIB, SOAK, Served, alive, ptys, reset, run, wait_for
 
 
 def sizes(quick: int, soak: int) -> Any:
@@ -103,14 +100,6 @@ def test_256_mib_each_way(server: Served, term: str | None) -> None:
 
 
 # -- 2. nothing left -------------------------------------------------------------------------------
-
-
-def reset(conn: asyncssh.SSHClientConnection) -> None:
-    """Cut the connection by RST, as a crashed machine's kernel does."""
-    conn.get_extra_info("socket").setsockopt(
-        socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
-    )
-    conn.abort()
 
 
 @sizes(quick=120, soak=5000)
