@@ -115,7 +115,7 @@ def _announce(server: Server) -> None:
         click.echo(f"listening on {address}")
     for key in server.host_keys:
         click.echo(f"host key {fingerprint(key)} ({key.get_algorithm()})")
-    click.echo(f"known_hosts line: {known_hosts_lines(server.addresses, server.host_keys)[0]}")
+    click.echo(known_hosts_lines(server.addresses, server.host_keys)[0])  # ready to paste
     host, port = server.addresses[0]
     name = client_names(host)[0]
     click.echo(f"connect with: ssh anyuser@{name}" + (f" -p {port}" if port != 22 else ""))

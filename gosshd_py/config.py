@@ -168,7 +168,7 @@ def _parse(file: str, text: str) -> dict[str, Any]:
 def _place(file: str, text: str, key: str) -> str:
     """FILE:LINE: key, where the line can be found."""
     pattern = re.compile(rf"[\s\[]*([\"']?){re.escape(key)}\1\s*[=.\]]")
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if pattern.match(line):
             return f"{file}:{number}: {key}"
     return f"{file}: {key}"

@@ -60,7 +60,8 @@ class Connection(asyncssh.SSHServer):
         """Write the connection's one log line."""
         self._connections.discard(self)
         self._transport_open.set()
-        ours = exc is not None and not isinstance(exc, (asyncssh.Error, OSError))
+        # UnicodeError: an identification string that is not ASCII.
+        ours = not (exc is None or isinstance(exc, (asyncssh.Error, OSError, UnicodeError)))
         log.log(
             logging.ERROR if ours else logging.INFO,
             "connection closed",

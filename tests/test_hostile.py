@@ -26,8 +26,8 @@ def test_a_log_that_cannot_be_written_stops_nobody(server: Served, tmp_path) -> 
         )
     try:
         port = gosshd.stdout.readline().strip().rsplit(":", 1)[1]
-        key = next(line for line in gosshd.stdout if "known_hosts line" in line)
-        (tmp_path / "known_hosts").write_text(key.split(": ", 1)[1])
+        key = next(line for line in gosshd.stdout if line.startswith("[localhost]"))
+        (tmp_path / "known_hosts").write_text(key)
         for _ in range(3):
             argv = server.ssh_argv("HOST", "echo served")
             argv[argv.index("-p") + 1] = port

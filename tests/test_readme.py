@@ -102,7 +102,8 @@ def commands_of_a_newcomer(clone: Path, server: Served) -> None:
         lines = [run.stdout.readline().strip() for _ in range(4)]
         assert lines[0] == f"listening on 127.0.0.1:{port}"
         known_hosts = clone / "known_hosts"
-        known_hosts.write_text(lines[2].removeprefix("known_hosts line: ") + "\n")
+        assert lines[2].startswith(f"[localhost]:{port} ssh-ed25519 ")
+        known_hosts.write_text(lines[2] + "\n")
         command = lines[3].removeprefix("connect with: ")
         assert command == COMMANDS[1].replace("2222", str(port))
         options = f"-F none -o BatchMode=yes -o UserKnownHostsFile={known_hosts}"
