@@ -211,6 +211,7 @@ def test_raw_garbage_before_and_inside_the_handshake_ends_that_connection_only(
         b"\0" * 100_000,
         b"SSH-2.0-x\r\n" + os.urandom(5000),
         b"SSH-1.5-old\r\n",
+        b"SSH-2.0-\xff\xfe\r\n",
         b"x" * 70_000,
     ):
         with socket.create_connection((server.host, server.port), timeout=5) as sock:
