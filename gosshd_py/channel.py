@@ -43,7 +43,10 @@ REFUSAL_DELAY = 0.05
 """Seconds from a refusal's words to the refusal. The OpenSSH client exits when it reads the latter
 and forgets what it has not yet shown, so they must not come in one piece."""
 
-_OVERRIDDEN = ("pty_req", "env", "shell", "exec", "subsystem")
+_OVERRIDDEN = (
+    *(f"_process_{name}_request" for name in ("pty_req", "env", "shell", "exec", "subsystem")),
+    *("_service_next_request", "_report_response", "_close_send", "process_connection_close"),
+)
 
 
 class RunningProgram(Protocol):
@@ -64,8 +67,8 @@ Starter = Callable[["Channel", Start], RunningProgram]
 class SessionChannel(asyncssh.SSHServerChannel[bytes]):
     """asyncssh's channel with the requests answered that it accepts unseen or disconnects for.
 
-    asyncssh finds handlers by name, so a renamed one would silently open what is closed here;
-    the check below refuses to run on such a version.
+    asyncssh calls these methods by name, so a renamed one would silently open what is closed
+    here; the check below refuses to run on such a version.
     """
 
     def __init__(self, conn: asyncssh.SSHServerConnection, channel: Channel) -> None:
@@ -144,8 +147,8 @@ class SessionChannel(asyncssh.SSHServerChannel[bytes]):
 
 
 for _name in _OVERRIDDEN:
-    if not hasattr(asyncssh.SSHServerChannel, f"_process_{_name}_request"):
-        raise ImportError(f"asyncssh {asyncssh.__version__} is not supported: no {_name} handler")
+    if not hasattr(asyncssh.SSHServerChannel, _name):
+        raise ImportError(f"asyncssh {asyncssh.__version__} is not supported: it has no {_name}")
 
 
 async def _refuse_open(reason: str) -> asyncssh.SSHServerSession[bytes]:

@@ -295,8 +295,10 @@ def test_ignored_signals_bind_neither_the_server_nor_its_shells(start: Start) ->
     ignoring = ("sh", "-c", 'trap "" INT QUIT HUP; exec "$@"', "sh")
     it = start("--listen", "127.0.0.1:0", before=ignoring).wait_until_ready()
     for options in ((), ("-tt",)):
-        status = it.ssh(*options, "HOST", "grep SigIgn /proc/self/status").stdout.split()
-        assert status == [b"SigIgn:", b"0" * 16]
+        _, mask = it.ssh(*options, "HOST", "grep SigIgn /proc/self/status").stdout.split()
+        # Without 32 and 33, which glibc keeps for itself: nobody can set them.
+        ignored = {number for number in signal.valid_signals() if int(mask, 16) >> (number - 1) & 1}
+        assert ignored == set()
     terminal = it.terminal()
     terminal.sendline("sed -u s/^/seen:/")
     terminal.sendline("hello")
