@@ -34,7 +34,7 @@ class Account:
     home: str
 
     def environment(self) -> dict[str, str]:
-        """What every session gets, built from nothing: the server's own environment stays its own."""
+        """What every session gets, built from nothing, but for the server's LANG."""
         uid = os.geteuid() if self.run_as is None else self.run_as[0]
         return {
             "HOME": self.home,

@@ -30,6 +30,8 @@ INPUT_HIGH = 64 * 1024
 """Bytes of input held for a program before reading from the channel stops."""
 
 MAX_ENV = 128
+"""Environment variables kept for one channel."""
+
 MIN_PACKET = 256
 """Smallest maximum packet size accepted: at one byte a packet, 16 KiB stall the loop for 0.6 s."""
 
@@ -46,6 +48,7 @@ and forgets what it has not yet shown, so they must not come in one piece."""
 _OVERRIDDEN = (
     *(f"_process_{name}_request" for name in ("pty_req", "env", "shell", "exec", "subsystem")),
     *("_service_next_request", "_report_response", "_close_send", "process_connection_close"),
+    "process_open",
 )
 
 
@@ -73,8 +76,12 @@ class SessionChannel(asyncssh.SSHServerChannel[bytes]):
 
     def __init__(self, conn: asyncssh.SSHServerConnection, channel: Channel) -> None:
         loop = asyncio.get_running_loop()
-        super().__init__(conn, loop, True, False, False, 0, 0, None, "strict", WINDOW, 32768)
+        super().__init__(
+            conn, loop, allow_pty=True, line_editor=False, line_echo=False, line_history=0,
+            max_line_length=0, encoding=None, errors="strict", window=WINDOW, max_pktsize=32768,
+        )  # fmt: skip
         self.channel = channel
+        self._servicing = False
 
     def process_open(
         self, send_chan: int, send_window: int, send_pktsize: int, session: Any
@@ -98,11 +105,21 @@ class SessionChannel(asyncssh.SSHServerChannel[bytes]):
         return self.channel.env_req(name, value)
 
     def _service_next_request(self) -> None:
-        # A request without its fields is refused; asyncssh would end the connection.
+        # asyncssh comes back here from within, once for each waiting request: a few hundred
+        # behind one start are deeper than Python's stack, so we loop. A request without its
+        # fields is refused; asyncssh would end the connection.
+        if self._servicing:
+            return
+        self._servicing, head = True, None
         try:
-            super()._service_next_request()
-        except PacketDecodeError:
-            self._report_response(False)
+            while self._request_queue and self._request_queue[0] is not head:
+                head = self._request_queue[0]  # still there afterwards: its answer follows later
+                try:
+                    super()._service_next_request()
+                except PacketDecodeError:
+                    self._report_response(False)
+        finally:
+            self._servicing = False
 
     # None, for asyncssh: the answer follows. Its own types lack that.
     def _process_shell_request(self, packet: SSHPacket) -> bool | None:  # type: ignore[override]
@@ -124,6 +141,11 @@ class SessionChannel(asyncssh.SSHServerChannel[bytes]):
         if not self.is_closing():
             self._report_response(accepted)
 
+    def resume_reading(self) -> None:
+        """Not after the channel's end: asyncssh would look for the session it has let go."""
+        if self._session is not None:
+            super().resume_reading()
+
     async def keys_exchanged(self) -> None:
         """Wait while keys are exchanged: what is sent meanwhile, asyncssh holds without a bound.
 
@@ -131,8 +153,9 @@ class SessionChannel(asyncssh.SSHServerChannel[bytes]):
         """
         deadline = time.monotonic() + REKEY_TIMEOUT
         while self._conn is not None and not self._conn._kex_complete:  # noqa: SLF001
-            if time.monotonic() > deadline:
-                self._conn.abort()
+            if time.monotonic() > deadline:  # as asyncssh's own timers do it
+                unfinished = "the client did not finish a key exchange"
+                self._conn.connection_lost(asyncssh.ConnectionLost(unfinished))
             await asyncio.sleep(0.01)  # no event tells of this, and it takes a few milliseconds
 
     def process_connection_close(self, exc: Exception | None) -> None:
@@ -217,6 +240,9 @@ class ChannelOutput:
 class Channel(asyncssh.SSHServerSession[bytes]):
     """One session channel. See session.Channel for what its parts promise.
 
+    What asyncssh calls a session (it gets the callbacks) is our Channel; what asyncssh calls the
+    channel (it sends the packets) is `wire`.
+
     turn: held while a program is started; all channels of a server share it.
     transport_open: set while the connection's TCP buffer takes more.
     accept_env: patterns of the variable names that a client may set.
@@ -245,11 +271,6 @@ class Channel(asyncssh.SSHServerSession[bytes]):
         self.stdin = ChannelInput(self)
         self.outputs = (ChannelOutput(self), ChannelOutput(self, asyncssh.EXTENDED_DATA_STDERR))
         self.ended: asyncio.Future[Cause] = asyncio.get_running_loop().create_future()
-
-    @property
-    def terminal(self) -> Terminal | None:
-        """The terminal that the client asked for, if it did."""
-        return self._terminal
 
     @contextmanager
     def _contained(self, request: str) -> Iterator[None]:
@@ -291,7 +312,7 @@ class Channel(asyncssh.SSHServerSession[bytes]):
         return None
 
     async def _start_in_turn(self, kind: str, command: bytes) -> None:
-        """Start one program of the server per turn of the loop: a hundred at once take 150 ms.
+        """Start one program of the server per turn of the loop; each takes about a millisecond.
 
         What cannot be started is told on the client's standard error, and refused right after.
         """
@@ -300,6 +321,7 @@ class Channel(asyncssh.SSHServerSession[bytes]):
                 async with self._turn:
                     await asyncio.sleep(0)
                     if self.ended.done():
+                        self.wire.close()
                         return
                     request = Start(kind, command, self._env, self._terminal)
                     self._program = self._start(self, request)
@@ -308,8 +330,10 @@ class Channel(asyncssh.SSHServerSession[bytes]):
             except SpawnError as exc:
                 self.notice(f"gosshd: {exc}")
         await asyncio.sleep(REFUSAL_DELAY)
-        self.wire.answer(accepted=False)
-        self.wire.close()  # nothing can follow on this channel
+        try:
+            self.wire.answer(accepted=False)
+        finally:
+            self.wire.close()  # nothing can follow on this channel
 
     def _refuse(self, request: str, reason: str) -> bool:
         log.info("request refused", request=request, reason=reason)
@@ -366,7 +390,7 @@ class Channel(asyncssh.SSHServerSession[bytes]):
         self._window_open.set()
 
     async def writable(self) -> None:
-        """Wait until window and TCP both take more, or the channel has ended."""
+        """Wait until window and TCP both take more, or the connection has ended."""
         while not (self._window_open.is_set() and self._transport_open.is_set()):
             await self._window_open.wait()
             await self._transport_open.wait()
@@ -397,7 +421,8 @@ class Channel(asyncssh.SSHServerSession[bytes]):
         """
         try:
             async with asyncio.timeout(CLOSE_TIMEOUT):
-                await self.writable()
+                if not self.wire.is_closing():
+                    await self.writable()
                 self._say_goodbye(status)
                 await self.wire.wait_closed()
         except TimeoutError:

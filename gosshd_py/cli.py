@@ -22,7 +22,8 @@ from .hostkeys import (
     known_hosts_lines,
     load_host_keys,
 )
-from .server import ListenError, Server, serve
+from .listen import ListenError
+from .server import Server, serve
 
 PROBE_TIME = 5.0
 """Seconds that a probed server may take to accept, and again to say who it is."""
@@ -180,8 +181,10 @@ def probe(address: str) -> None:
             line = file.readline(255)
     except OSError as exc:
         _fail(1, f"{address}: {exc.strerror or exc}; is an SSH server running there?")
+    except UnicodeError:  # from the resolver: a ValueError too
+        _fail(2, f"{address}: that is no host name; give HOST:PORT")
     except ValueError as exc:
-        _fail(1, str(exc))
+        _fail(2, str(exc))
     if not line.startswith(b"SSH-2.0-"):
         _fail(1, f"{address}: what answers there does not speak SSH; name another address")
     click.echo(line.decode("ascii", "backslashreplace").strip())

@@ -151,7 +151,7 @@ def _read(file: str) -> str:
     try:
         return Path(file).read_text(encoding="utf-8")
     except OSError as exc:
-        raise ConfigError([f"{file}: {exc.strerror}"]) from exc
+        raise ConfigError([f"{file}: {exc.strerror}; name a readable file with --config"]) from exc
     except UnicodeDecodeError as exc:
         raise ConfigError(
             [f"{file}: byte {exc.start} is not UTF-8; save the file as UTF-8"]
@@ -162,7 +162,7 @@ def _parse(file: str, text: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
     except (ValueError, RecursionError) as exc:  # also for numbers and nesting without end
-        raise ConfigError([f"{file}: not valid TOML: {exc}"]) from exc
+        raise ConfigError([f"{file}: not valid TOML: {exc}; correct that line"]) from exc
 
 
 def _place(file: str, text: str, key: str) -> str:
@@ -209,10 +209,13 @@ def _plain(message: str, wanted: Any) -> str:
 
 def _check(config: Config) -> list[tuple[str, str]]:
     """What types cannot say: (key, problem) pairs."""
-    found = [(key, "holds a NUL character, which no name can") for key in _keys_with_nul(config)]
+    found = [
+        (key, "holds a NUL character, which no name can; take it out")
+        for key in _keys_with_nul(config)
+    ]
     if found:
         return found  # everything below would trip over it
-    found += [("listen", problem) for problem in _check_listen(config)]
+    found += [("listen", problem) for problem in check_listen(config)]
     if not config.shell.startswith("/"):
         absolute = shutil.which(config.shell) or "/bin/bash"
         found.append(("shell", f"{config.shell!r} is not an absolute path; try {absolute}"))
@@ -234,7 +237,8 @@ def _keys_with_nul(config: Config) -> list[str]:
     return [key for key, text in texts.items() if "\0" in text]
 
 
-def _check_listen(config: Config) -> list[str]:
+def check_listen(config: Config) -> list[str]:
+    """What forbids to listen where config says, a line for each problem; none if all is well."""
     problems = [] if config.listen else ["is empty; name at least one HOST:PORT"]
     for text in config.listen:
         try:

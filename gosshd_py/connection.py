@@ -44,6 +44,7 @@ class Connection(asyncssh.SSHServer):
         """The client's address and port, for the log."""
         self.account: Account | None = None
         self.sessions = 0
+        self._reason = "by the client"
 
     def connection_made(self, conn: asyncssh.SSHServerConnection) -> None:
         """Take note of it, and hear when TCP is full: asyncssh's own handlers do nothing."""
@@ -70,36 +71,26 @@ class Connection(asyncssh.SSHServer):
             sessions=self.sessions,
             seconds=round(time.monotonic() - self._began, 3),
             client=str(self.conn.get_extra_info("client_version", "none")),
-            reason=str(exc) if exc else "by the client",
+            reason=str(exc) if exc else self._reason,
             **({"exc_info": exc} if ours else {}),
         )
 
     def disconnect(self) -> None:
         """Send SSH_MSG_DISCONNECT and close the connection, whatever is still open on it."""
-        self.conn.disconnect(asyncssh.DISC_BY_APPLICATION, "the server is shutting down")
+        self._reason = "the server is shutting down"
+        self.conn.disconnect(asyncssh.DISC_BY_APPLICATION, self._reason)
 
     # -- RFC 4252 -----------------------------------------------------------------------------
 
     def begin_auth(self, username: str) -> bool:
         """Open mode: a proper name is enough (method "none"). Returns whether more is needed.
 
-        There is no more to offer, so True refuses: an improper name, or a second one.
+        There is no more to offer (server.py turns all other methods off), so True refuses: an
+        improper name, or a second one.
         """
         if self.account is not None or not valid_user_name(username):
             return True
         self.account = open_account(self._config, username)
-        return False
-
-    def public_key_auth_supported(self) -> bool:
-        """Not in open mode."""
-        return False
-
-    def password_auth_supported(self) -> bool:
-        """Not in open mode."""
-        return False
-
-    def kbdint_auth_supported(self) -> bool:
-        """Not in open mode."""
         return False
 
     # -- RFC 4254 -----------------------------------------------------------------------------

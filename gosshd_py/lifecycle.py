@@ -1,6 +1,6 @@
 """The words of a session: records, first causes, and the table of its states. No I/O.
 
-Every other room of the house may import this one; it imports none of them. `session.py`
+Every other module may import this one; it imports none of them. `session.py`
 walks the table below while a session lives, so the diagram in the README is what runs.
 """
 
@@ -115,7 +115,9 @@ class ExitStatus:
     def signal_name(self) -> str:
         """The RFC's name without SIG; a name that the RFC lacks gets a domain, as it asks."""
         name = (
-            signal.Signals(self.signal).name.removeprefix("SIG") if self.signal in _SIGNALS else ""
+            signal.Signals(self.signal).name.removeprefix("SIG")
+            if self.signal in set(signal.Signals)
+            else ""
         )
         return name if name in _RFC_SIGNALS else f"{name or self.signal}@gosshd"
 
@@ -123,7 +125,6 @@ class ExitStatus:
         return f"signal {self.signal_name}" if self.signal else f"status {self.code}"
 
 
-_SIGNALS = set(signal.Signals)
 _RFC_SIGNALS = frozenset(
     (
         "ABRT",

@@ -6,6 +6,8 @@ lengths capped here, once, for every value that is ever logged.
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import logging
 import os
 import sys
@@ -43,7 +45,7 @@ def _clean_values(
     return {
         key: (_clean_traceback if key == "exception" else clean)(value)
         if isinstance(value, str)
-        else value
+        else (value if isinstance(value, int | float | None) else clean(str(value)))
         for key, value in event.items()
     }
 
@@ -62,7 +64,10 @@ class _Forward(logging.Handler):
 
 
 class _Lossy:
-    """A stream whose reader may go away or whose disk may be full: then lines are lost, no more."""
+    """A stream whose reader may go away or whose disk may be full: then lines are lost, no more.
+
+    A reader that is there and does not read (^S on the terminal) still stops the server.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -99,3 +104,14 @@ def configure(log_format: str = "text", stream: TextIO | None = None) -> None:
         cache_logger_on_first_use=False,
     )
     logging.basicConfig(handlers=[_Forward()], level=logging.WARNING, force=True)
+
+
+def log_loop_error(_: asyncio.AbstractEventLoop, context: dict[str, object]) -> None:
+    """Log what asyncio has no one to raise to (loop.set_exception_handler)."""
+    log = structlog.get_logger()
+    exc = context.get("exception")
+    if isinstance(exc, OSError) and exc.errno in (errno.EMFILE, errno.ENFILE):
+        # asyncio has paused accepting for a second and goes on by itself.
+        log.error("connection not accepted", reason=f"out of file descriptors: {exc.strerror}")
+    else:
+        log.error(str(context["message"]), exc_info=exc)

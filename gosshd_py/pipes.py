@@ -60,11 +60,6 @@ class PipeProgram:
             os.close(fd)
         return cls(child, in_write, out_read, err_read, grace)
 
-    @property
-    def pid(self) -> int:
-        """The process ID of the program, which leads its own session and process group."""
-        return self._child.pid
-
     def resize(self, size: WindowSize) -> None:
         """Do nothing: there is no terminal (RFC 4254 §6.7 asks for no answer)."""
 

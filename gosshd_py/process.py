@@ -57,8 +57,8 @@ _TAKE_TERMINAL = 'exec <>"$SSH_TTY" >&0 2>&0\n'
 def spawn(command: Command, *, stdin: int, stdout: int, stderr: int, terminal: bool) -> Child:
     """Start command in a session (setsid(2)) of its own. Raises SpawnError with the reason.
 
-    Popen uses vfork: no Python code runs in the child, and the loop stands still for some
-    tenths of a millisecond whatever the server's memory. What has to be done between fork and
+    Popen uses vfork: no Python code runs in the child, and the loop stands still for about
+    a millisecond, whatever the server's memory. What has to be done between fork and
     exec is done by setpriv(1) and a POSIX shell, which then become the program.
     """
     program = command.argv[0]

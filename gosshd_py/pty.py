@@ -1,4 +1,4 @@
-"""A program on a pseudo-terminal. Owns the master and the child; the only room with ptyprocess.
+"""A program on a pseudo-terminal. Owns the master and the child; the only module with ptyprocess.
 
 Promises: the terminal has its size and modes before the program runs; the output is complete
 when the program has ended, even while a background job keeps the terminal open; end of input
@@ -12,11 +12,13 @@ import errno
 import fcntl
 import os
 import select
+import signal
 import struct
 import termios
 from contextlib import suppress
 from dataclasses import replace
 from grp import getgrnam
+from typing import Any
 
 from ptyprocess import PtyProcess
 
@@ -29,7 +31,7 @@ QUIET = 0.25
 
 LATE_SECONDS = 0.75
 LATE_BYTES = 128 * 1024
-"""How long and how much is read after the program's end while a background job goes on writing.
+"""How long is waited, and how much is read, after the program's end while a background job writes.
 The kernel holds about 22 KiB of a pty's output, so nothing that the program wrote is cut."""
 
 REOPEN_WAIT = 0.1
@@ -77,7 +79,9 @@ class PtyProgram:
         try:
             master, slave = os.openpty()
         except OSError as exc:
-            raise SpawnError(f"no pseudo-terminal is left on this server: {exc.strerror}") from exc
+            raise SpawnError(
+                f"cannot open a pseudo-terminal on this server: {exc.strerror}"
+            ) from exc
         try:
             set_modes(slave, terminal.modes)
             set_size(slave, terminal.size)
@@ -175,9 +179,9 @@ class PtyProgram:
         other input is taken, and again if a change of mode has swallowed it.
         """
         needed = 2 if self._line_open else 1
-        while needed and self._master.fd >= 0:
+        while needed:
             await self._input_taken()
-            mode = termios.tcgetattr(self._master.fd)
+            mode = self._attributes()
             veof = mode[6][termios.VEOF]
             if veof == b"\0":
                 return  # the user has turned the character off (_POSIX_VDISABLE)
@@ -185,8 +189,17 @@ class PtyProgram:
             if not mode[3] & termios.ICANON:
                 return  # a raw program reads the character itself
             await self._input_taken()
-            if termios.tcgetattr(self._master.fd)[3] & termios.ICANON:
+            if self._attributes()[3] & termios.ICANON:
                 needed -= 1
+
+    def _attributes(self) -> list[Any]:
+        """The terminal's modes (termios(3)). Raises OSError, which termios.error is not."""
+        if self._master.fd < 0:
+            raise BrokenPipeError("closed")
+        try:
+            return termios.tcgetattr(self._master.fd)
+        except termios.error as exc:
+            raise OSError(*exc.args) from exc
 
     async def _input_taken(self) -> None:
         """Wait until the terminal holds no unread input, not even a waiting end of file."""
@@ -196,8 +209,8 @@ class PtyProgram:
             pause = min(2 * pause, 0.05)
             try:
                 slave = fcntl.ioctl(self._master.fd, TIOCGPTPEER, _PEER_FLAGS)
-            except OSError:
-                return  # no descriptor to look through: better typed early than never
+            except (OSError, ValueError):
+                return  # closed, or no descriptor to look through: better typed early than never
             try:
                 poll = select.poll()
                 poll.register(slave, select.POLLIN)
@@ -221,8 +234,8 @@ class PtyProgram:
         """A break interrupts, as on a line with BRKINT (termios(3), RFC 4335); IGNBRK ignores it."""
         if self._master.fd < 0:
             return False
-        if not termios.tcgetattr(self._master.fd)[0] & termios.IGNBRK:
-            self.send_signal(2)
+        if not self._attributes()[0] & termios.IGNBRK:
+            self.send_signal(signal.SIGINT)
         return True
 
     def _foreground(self) -> int:

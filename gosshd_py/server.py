@@ -1,9 +1,8 @@
-"""One listener: asyncssh's settings, who owns which task, and the order of a shutdown."""
+"""The server: asyncssh's settings, who owns which task, and the order of a shutdown."""
 
 from __future__ import annotations
 
 import asyncio
-import errno
 import functools
 import signal
 import socket
@@ -15,15 +14,14 @@ import asyncssh
 import structlog
 
 from .channel import Channel
-from .config import Address, Config
+from .config import Address, Config, ConfigError, check_listen
 from .connection import Connection
 from .hostkeys import load_host_keys
 from .lifecycle import Cause, Start
-from .listen import BACKLOG, ListenError, open_sockets
+from .listen import BACKLOG, open_sockets
+from .logs import log_loop_error
 from .process import reset_signals
 from .session import Program, run_session
-
-__all__ = ["ListenError", "Server", "serve"]
 
 log = structlog.get_logger()
 
@@ -39,9 +37,7 @@ CIPHERS = (
     "chacha20-poly1305@openssh.com",
     "aes256-gcm@openssh.com",
     "aes128-gcm@openssh.com",
-    "aes256-ctr",
-    "aes192-ctr",
-    "aes128-ctr",
+    *("aes256-ctr", "aes192-ctr", "aes128-ctr"),
 )
 MACS = ("hmac-sha2-256-etm@openssh.com", "hmac-sha2-512-etm@openssh.com")
 
@@ -55,6 +51,9 @@ class Server:
     """
 
     def __init__(self, config: Config) -> None:
+        """Raises ConfigError for addresses that this configuration may not listen on."""
+        if problems := check_listen(config):
+            raise ConfigError([f"listen: {problem}" for problem in problems])
         self.config = config
         self.addresses: list[Address] = []
         """Where it listens, with the real ports."""
@@ -67,13 +66,15 @@ class Server:
 
     async def __aenter__(self) -> Self:
         """Start to listen. Raises ListenError and HostKeyError."""
-        asyncio.get_running_loop().set_exception_handler(_log_loop_error)
+        asyncio.get_running_loop().set_exception_handler(log_loop_error)
         self.host_keys = load_host_keys(self.config.hostkeys_dir)
         sockets = open_sockets(self.config)
         try:
             for sock in sockets:
                 self._listeners.append(await self._listen(sock))
         except BaseException:
+            for listener in self._listeners:
+                listener.close()
             for sock in sockets:
                 sock.close()
             raise
@@ -103,6 +104,9 @@ class Server:
             allow_scp=False,
             gss_host=None,
             host_based_auth=False,
+            public_key_auth=False,
+            password_auth=False,
+            kbdint_auth=False,
         )
 
     @property
@@ -169,21 +173,14 @@ class Server:
         for connection in list(self.connections):
             connection.disconnect()
             await connection.conn.wait_closed()
-
-
-def _log_loop_error(_: asyncio.AbstractEventLoop, context: dict[str, object]) -> None:
-    exc = context.get("exception")
-    if isinstance(exc, OSError) and exc.errno in (errno.EMFILE, errno.ENFILE):
-        # asyncio has paused accepting for a second and goes on by itself.
-        log.error("connection not accepted", reason=f"out of file descriptors: {exc.strerror}")
-    else:
-        log.error(str(context["message"]), exc_info=exc)
+        while self._sessions:  # started while clients were leaving
+            await asyncio.wait(self._sessions)
 
 
 async def serve(config: Config, on_ready: Callable[[Server], None] | None = None) -> None:
     """Serve until SIGTERM or SIGINT. on_ready is called once, when clients can connect.
 
-    Raises ListenError and HostKeyError before that.
+    Raises ConfigError, ListenError and HostKeyError before that.
     """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()

@@ -1,6 +1,6 @@
 """One session: bytes between a program and a channel until the first end, then close once.
 
-This room knows neither SSH nor the operating system, only the protocols below. Whatever ends
+This module knows neither SSH nor the operating system, only the protocols below. Whatever ends
 a session (the program, the client, the network, the server, a bug of ours), it leaves through
 the same two blocks of `run_session`, so nothing is closed twice and nothing is forgotten.
 """
@@ -39,7 +39,7 @@ class InputSink(Sink, Protocol):
     """A sink that can be told that no more will come."""
 
     async def write_eof(self) -> None:
-        """Let the reader see end of file, behind all that was written."""
+        """Let the reader see end of file, behind all that was written. OSError: as write."""
 
 
 class Program(Protocol):
@@ -149,8 +149,10 @@ async def _bridge(channel: Channel, program: Program, life: Life) -> None:
     """Do all the copying. Returns when the program has ended and its outputs are delivered."""
     async with asyncio.TaskGroup() as copiers:
         feeder = copiers.create_task(_copy_input(channel.stdin, program.stdin, life))
+        # A terminal has one output, the channel always two.
         pairs = zip(program.outputs, channel.outputs, strict=False)
-        await asyncio.gather(*(_copy_output(source, sink, life) for source, sink in pairs))
+        outputs = [copiers.create_task(_copy_output(source, sink, life)) for source, sink in pairs]
+        await asyncio.wait(outputs)
         await asyncio.wait({program.ended})  # not `await ended`: cancelling us must not cancel it
         feeder.cancel()
 

@@ -1,4 +1,4 @@
-"""The layout of the house, held against the code: which room imports which, and how large the core is."""
+"""The layout of the package, held against the code: which module imports which, and how large the core is."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import gosshd_py
 
 PACKAGE = Path(gosshd_py.__file__).parent
 
-# A room may import only rooms of earlier rows.
+# A module may import only modules of earlier rows.
 ROWS = (
     {"lifecycle", "config", "logs"},
     {"process", "modes", "requests", "session", "hostkeys", "listen", "accounts"},
@@ -25,10 +25,10 @@ EDGES = {"channel", "pty", "pipes"}
 CORE = ("session", "channel", "pty", "pipes", "lifecycle", "server", "connection")
 
 
-def imports(room: str) -> set[str]:
-    """The modules that a room imports: of this package by their short names."""
+def imports(module: str) -> set[str]:
+    """The modules that one of ours imports: of this package by their short names."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse((PACKAGE / f"{room}.py").read_text())):
+    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())):
         if isinstance(node, ast.ImportFrom):
             base = node.module or "__init__"
             names |= {base} if node.module else {alias.name for alias in node.names}
@@ -37,7 +37,7 @@ def imports(room: str) -> set[str]:
     return names
 
 
-def test_every_room_is_in_a_row() -> None:
+def test_every_module_is_in_a_row() -> None:
     assert {path.stem for path in PACKAGE.glob("*.py")} == set().union(*ROWS)
 
 
@@ -45,9 +45,9 @@ def test_imports_go_towards_the_ground() -> None:
     for number, row in enumerate(ROWS):
         below = set().union(*ROWS[:number])
         above = set().union(*ROWS) - below - row
-        for room in row:
-            assert not imports(room) & above, room
-            assert not imports(room) & (row - {"config"}) or room == "logs", room
+        for module in row:
+            assert not imports(module) & above, module
+            assert not imports(module) & (row - {"config"}) or module == "logs", module
 
 
 def test_session_knows_neither_ssh_nor_the_operating_system() -> None:
@@ -57,14 +57,14 @@ def test_session_knows_neither_ssh_nor_the_operating_system() -> None:
 
 
 def test_only_their_edges_know_asyncssh_and_ptyprocess() -> None:
-    for room in set().union(*ROWS):
-        known = imports(room)
-        assert "ptyprocess" not in known or room == "pty"
-        assert "asyncssh" not in known or room in {"channel", "connection", "server", "hostkeys"}
+    for module in set().union(*ROWS):
+        known = imports(module)
+        assert "ptyprocess" not in known or module == "pty"
+        assert "asyncssh" not in known or module in {"channel", "connection", "server", "hostkeys"}
 
 
 def test_the_core_can_be_read_in_one_sitting() -> None:
-    total = sum(code_lines(PACKAGE / f"{room}.py") for room in CORE)
+    total = sum(code_lines(PACKAGE / f"{module}.py") for module in CORE)
     assert total < 1000, total
 
 

@@ -222,3 +222,79 @@ def test_raw_garbage_before_and_inside_the_handshake_ends_that_connection_only(
             except ConnectionError:
                 pass  # it closes on us: that is what is wanted
     assert server.ssh("echo fine").stdout == b"fine\n"
+
+
+def send_request(channel: paramiko.Channel, name: str, *fields: str) -> None:
+    """A channel request without a reply, whatever its name."""
+    message = paramiko.Message()
+    message.add_byte(common.cMSG_CHANNEL_REQUEST)
+    message.add_int(channel.remote_chanid)
+    message.add_string(name)
+    message.add_boolean(False)
+    for field in fields:
+        message.add_string(field)
+    channel.transport._send_user_message(message)
+
+
+@pytest.mark.parametrize(("kind", "argument"), [("subsystem", "nonsense"), ("exec", "echo ran")])
+def test_thousands_of_requests_behind_a_start_are_answered(
+    server: Served, kind: str, argument: str
+) -> None:
+    """asyncssh answers them recursively: they used to end in a RecursionError."""
+    with server.paramiko() as transport:
+        channel = transport.open_session(timeout=10)
+        send_request(channel, kind, argument)
+        for _ in range(3000):
+            send_request(channel, "nonsense@example.org")
+        channel.settimeout(10)
+        assert channel.makefile().read() == (b"ran\n" if kind == "exec" else b"")
+        wait_for("the channel's end", lambda: channel.closed)
+
+
+def test_a_disconnect_with_input_still_waiting_is_no_error_of_ours(server: Served) -> None:
+    async def main() -> None:
+        conn = await server.connect()
+        process = await conn.create_process("sleep 0.1; cat > /dev/null", encoding=None)
+        process.stdin.write(b"x" * 400_000)
+        process.stdin.write_eof()
+        conn.disconnect(11, "bye")
+        await conn.wait_closed()
+
+    for _ in range(3):
+        run(main())
+
+
+def test_sessions_end_with_the_server_even_if_they_start_while_it_stops(tmp_path) -> None:
+    """In one process, as somebody who embeds the server: leaving the block leaves nothing."""
+    from gosshd_py import Config, Server
+
+    async def main() -> None:
+        config = Config(listen=("127.0.0.1:0",), hostkeys=str(tmp_path / "keys"), home="/tmp")
+        async with Server(config) as server:
+            host, port = server.addresses[0]
+            conn = await asyncssh.connect(
+                host, port, username="u", known_hosts=([server.host_keys[0].convert_to_public()], [], []),
+                config=None, client_keys=None, agent_path=None,
+            )  # fmt: skip
+            await conn.run("true")
+            stopping = asyncio.create_task(server.__aexit__())
+            while not stopping.done():
+                try:
+                    await asyncio.wait_for(conn.create_process("sleep 1000"), 0.1)
+                except (asyncssh.Error, OSError, TimeoutError):
+                    break
+            await stopping
+            assert server.session_count == 0
+        await conn.wait_closed()
+
+    run(main())
+
+
+def test_open_mode_on_the_network_is_refused_from_python_too() -> None:
+    from gosshd_py import Config, ConfigError, Server
+
+    async def main() -> None:
+        with pytest.raises(ConfigError, match="nobody is asked for a password"):
+            Server(Config(listen=("0.0.0.0:2222",)))
+
+    run(main())
