@@ -72,7 +72,7 @@ class Connection(asyncssh.SSHServer):
             seconds=round(time.monotonic() - self._began, 3),
             client=str(self.conn.get_extra_info("client_version", "none")),
             reason=str(exc) if exc else self._reason,
-            **({"exc_info": exc} if ours else {}),
+            exc_info=exc if ours else None,
         )
 
     def disconnect(self) -> None:

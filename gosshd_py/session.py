@@ -15,8 +15,6 @@ from typing import Any, Protocol
 
 from .lifecycle import Cause, Ending, Event, ExitStatus, Life, Listener, State
 
-Task = asyncio.Task[None]
-
 INPUT_GRACE = 0.2
 """Seconds in which a program may take what a client sent just before its CLOSE."""
 
@@ -132,7 +130,9 @@ async def _carry(channel: Channel, program: Program, life: Life, drain_timeout: 
     return delivered
 
 
-async def _drained(bridge: Task, channel: Channel, life: Life, drain_timeout: float) -> None:
+async def _drained(
+    bridge: asyncio.Task[None], channel: Channel, life: Life, drain_timeout: float
+) -> None:
     """Wait until all output is delivered, the client has gone, or takes nothing of what waits."""
     while not (bridge.done() or channel.ended.done()):
         before = life.bytes_out

@@ -163,7 +163,7 @@ def test_a_file_that_cannot_be_read_as_toml_is_one_problem(
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     for path, reason in (
         (tmp_path / "no", "No such file or directory; name a readable file with --config"),
-        (tmp_path, "Is a directory"),
+        (tmp_path, "Is a directory; name a readable file with --config"),
     ):
         with pytest.raises(ConfigError) as info:
             load_config(str(path))
