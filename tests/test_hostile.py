@@ -1,4 +1,4 @@
-"""Attacks and accidents that once worked: each test is a bug that a review found."""
+"""Attacks and accidents that once worked: each test is a bug that was there."""
 
 from __future__ import annotations
 
