@@ -198,8 +198,9 @@ def test_clients_that_never_read_cost_no_memory(serve: Any, count: int) -> None:
             await conn.run("head -c 200000 /dev/zero", encoding=None)
         before = server.stats()["rss"]
         for number, conn in enumerate(conns[:10]):
+            window = 2**26 if number < 5 else 2**21  # the former: TCP must be what stops the server
             process = await conn.create_process(
-                "yes", term_type="xterm" if number % 2 else None, encoding=None
+                "yes", term_type="xterm" if number % 2 else None, encoding=None, window=window
             )
             process.channel.pause_reading()
             if number < 5:
@@ -217,6 +218,25 @@ def test_clients_that_never_read_cost_no_memory(serve: Any, count: int) -> None:
             conn.abort()
         for conn in conns:
             await conn.wait_closed()
+
+    run(main())
+
+
+def test_input_that_no_program_reads_costs_no_memory(serve: Any) -> None:
+    server = serve()
+
+    async def main() -> None:
+        async with await server.connect() as conn:
+            for term_type in (None, "xterm"):
+                command = "stty raw -echo; echo ready; exec sleep 1000"
+                process = await conn.create_process(command, term_type=term_type, encoding=None)
+                await process.stdout.readuntil(b"ready\n")
+                before = server.stats()["rss"]
+                process.stdin.write(b"x" * 48 * MIB)
+                for _ in range(10):  # each is a round trip behind whatever the window let through
+                    assert (await conn.run("true")).exit_status == 0
+                assert server.stats()["rss"] - before < 8 * MIB
+                process.close()
 
     run(main())
 

@@ -232,7 +232,7 @@ def test_a_shell_that_ignores_hangup_is_killed(server: Served) -> None:
 
 def test_a_background_job_on_the_terminal_does_not_hold_the_session(server: Served) -> None:
     for job in ("sleep 5 &", "(while :; do echo noise; sleep 0.05; done) &", "yes &"):
-        terminal = server.terminal("-tt", "HOST", f"{job} echo $!; exit 3")
+        terminal = server.terminal("-tt", "HOST", f"trap '' HUP; {job} echo $!; exit 3")
         began = time.monotonic()
         terminal.expect(pexpect.EOF)
         assert time.monotonic() - began < 1.5  # one second, and the client's own start
