@@ -91,7 +91,7 @@ def test_yes_into_head_ends_silently(server: Served) -> None:
 def test_a_command_is_gone_within_a_second_of_its_client(
     server: Served, command: str, options: tuple[str, ...]
 ) -> None:
-    argv = server.ssh_argv(*options, "HOST", f"echo $$ >&2; exec {command}")
+    argv = server.ssh_argv(*options, "HOST", f"echo $$; exec {command}")
     client = subprocess.Popen(
         argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
