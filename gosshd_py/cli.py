@@ -53,11 +53,14 @@ def _settings(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def _given(flags: dict[str, Any]) -> dict[str, Any]:
+    """The flags that were given; click says None or () for the others."""
+    return {key: value for key, value in flags.items() if value not in (None, ())}
+
+
 def _config(file: str | None, flags: dict[str, Any]) -> Config:
     try:
-        return load_config(
-            file, {key: value for key, value in flags.items() if value not in (None, ())}
-        )
+        return load_config(file, _given(flags))
     except ConfigError as exc:
         _fail(2, *exc.problems)
 
@@ -125,8 +128,7 @@ def _announce(server: Server) -> None:
 def _with_settings(context: click.Context, /, config: str | None, flags: dict[str, Any]) -> Config:
     """The settings given before the command's name, overridden by those behind it."""
     outer_config, outer = context.obj
-    given = {key: value for key, value in flags.items() if value not in (None, ())}
-    return _config(config or outer_config, {**outer, **given})
+    return _config(config or outer_config, {**outer, **_given(flags)})
 
 
 @main.command()

@@ -42,12 +42,13 @@ def _clean_traceback(text: str) -> str:
 def _clean_values(
     _: object, __: str, event: structlog.typing.EventDict
 ) -> structlog.typing.EventDict:
-    return {
-        key: (_clean_traceback if key == "exception" else clean)(value)
-        if isinstance(value, str)
-        else (value if isinstance(value, int | float | None) else clean(str(value)))
-        for key, value in event.items()
-    }
+    return {key: _clean_value(key, value) for key, value in event.items()}
+
+
+def _clean_value(key: str, value: object) -> object:
+    if value is None or isinstance(value, int | float):
+        return value
+    return _clean_traceback(str(value)) if key == "exception" else clean(str(value))
 
 
 class _Forward(logging.Handler):

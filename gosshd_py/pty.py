@@ -87,9 +87,8 @@ class PtyProgram:
             set_size(slave, terminal.size)
             name = _give(slave, command)
             env = {**command.env, "TERM": terminal.term, "SSH_TTY": name}
-            client_env = {
-                key: command.client_env[key] for key in command.client_env if key != "TERM"
-            }
+            # The pty-req's TERM counts, not one from an env request.
+            client_env = {key: value for key, value in command.client_env.items() if key != "TERM"}
             started = replace(command, env=env, client_env=client_env)
             child = spawn(started, stdin=slave, stdout=slave, stderr=slave, terminal=True)
         except BaseException as exc:

@@ -1,7 +1,8 @@
 """A server process that a test can look into: `python -m tests.served` with JSON on both pipes.
 
-Reads one line of JSON settings, writes {"addresses": …}; then answers each line "stats" with what
-a leak would change, and "exit" by a clean stop. SIGUSR1 writes all stacks to standard error.
+Reads one line of JSON settings, writes {"addresses": …}; then answers "stats" with what a leak would
+change, "lag" with how long the loop stood still, "sabotage WHERE" by putting a bug there; anything
+else, or the end of input, is a clean stop. SIGUSR1 writes all stacks to standard error.
 """
 
 from __future__ import annotations

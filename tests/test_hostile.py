@@ -133,6 +133,18 @@ def test_end_of_file_reaches_a_program_behind_an_unfinished_line(
     assert result.returncode == 0
 
 
+def send_request(channel: paramiko.Channel, name: str, *fields: str) -> None:
+    """A channel request without a reply, whatever its name."""
+    message = paramiko.Message()
+    message.add_byte(common.cMSG_CHANNEL_REQUEST)
+    message.add_int(channel.remote_chanid)
+    message.add_string(name)
+    message.add_boolean(False)
+    for field in fields:
+        message.add_string(field)
+    channel.transport._send_user_message(message)
+
+
 @pytest.mark.parametrize(
     "request_name",
     ["window-change", "signal", "break", "pty-req", "env", "exec", "x11-req", "subsystem"],
@@ -144,12 +156,7 @@ def test_a_request_without_its_fields_is_refused_and_no_more(
         bystander = transport.open_session(timeout=10)
         bystander.exec_command("read x; echo $x")
         channel = transport.open_session(timeout=10)
-        message = paramiko.Message()
-        message.add_byte(common.cMSG_CHANNEL_REQUEST)
-        message.add_int(channel.remote_chanid)
-        message.add_string(request_name)
-        message.add_boolean(False)
-        transport._send_user_message(message)
+        send_request(channel, request_name)
         bystander.sendall(b"alive\n")
         assert bystander.makefile().read() == b"alive\n"
 
@@ -222,18 +229,6 @@ def test_raw_garbage_before_and_inside_the_handshake_ends_that_connection_only(
             except ConnectionError:
                 pass  # it closes on us: that is what is wanted
     assert server.ssh("echo fine").stdout == b"fine\n"
-
-
-def send_request(channel: paramiko.Channel, name: str, *fields: str) -> None:
-    """A channel request without a reply, whatever its name."""
-    message = paramiko.Message()
-    message.add_byte(common.cMSG_CHANNEL_REQUEST)
-    message.add_int(channel.remote_chanid)
-    message.add_string(name)
-    message.add_boolean(False)
-    for field in fields:
-        message.add_string(field)
-    channel.transport._send_user_message(message)
 
 
 @pytest.mark.parametrize(("kind", "argument"), [("subsystem", "nonsense"), ("exec", "echo ran")])

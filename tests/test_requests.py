@@ -171,6 +171,16 @@ def test_terms(server: Served, term: bytes, answer: str) -> None:
         assert it.output().decode().strip() == expected
 
 
+def test_the_terminals_own_term_counts_on_a_terminal(server: Served) -> None:
+    for pty, expected in ((True, b"xterm"), (False, b"vt100")):
+        with raw(server) as it:
+            if pty:
+                it.pty_req(term=b"xterm")
+            assert it.request("env", b"TERM", b"vt100") == "SUCCESS"
+            it.request("exec", b"echo $TERM")
+            assert it.output().strip() == expected
+
+
 ECHO_OFF = bytes([53]) + struct.pack(">I", 0)
 
 
