@@ -3,8 +3,10 @@
 The public face: `Config` says what to serve, `serve` serves it until it is told to stop.
 """
 
-from .config import Config, ConfigError, load_config
-from .server import Server, serve
+from .config import Config, ConfigError
+from .daemon import serve
+from .load import load_config
+from .server import Server
 
 __version__ = "0.1.0"
 

@@ -13,9 +13,11 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from gosshd_py.accounts import open_account
-from gosshd_py.config import Address, Config, ConfigError, is_loopback, load_config, parse_address
+from gosshd_py.accounts import find_account
+from gosshd_py.config import Address, Config, ConfigError, is_loopback, parse_address
+from gosshd_py.load import load_config
 
+SALT = "c2FsdHNhbHQ$aGFzaGhhc2hoYXNoaGFzaA"
 KEYS = [field.name for field in msgspec.structs.fields(Config)]
 
 
@@ -55,9 +57,33 @@ def test_a_file_may_set_everything(tmp_path: Path) -> None:
         hangup_grace = 1
         drain_timeout = 60
         log_format = "json"
+        pid_file = "/tmp/pid"
+        open_to_local_users = true
+        env = {A = "b"}
+        umask = "022"
+        rlimits = {nofile = 100, nproc = 10, core = 1, cpu = 60, as = 1000000000}
+        motd = "hello"
+        max_auth_tries = 0
+        max_startups = 1
+        per_source_max_startups = 2
+        authfail_penalty = 1.5
+        grace_exceeded_penalty = 1
+        min_penalty = 1
+        max_penalty = 0
+        penalty_exempt = ["10.0.0.0/8", "::1"]
+        max_sessions = 3
+        connection_max_sessions = 4
+        total_max_sessions = 5
+        idle_timeout = 0
+        session_timeout = 1
+        unused_connection_timeout = 2
+        request_timeout = 3
+        auth = {trusted_user_ca_keys = []}
+        accounts = {alice = {password = "!"}}
     """
     config = load(tmp_path, text)
     assert set(KEYS) == {line.split("=")[0].strip() for line in text.splitlines() if line.strip()}
+    assert config.rlimits.set() == {"nofile": 100, "nproc": 10, "core": 1, "cpu": 60, "as": 10**9}
     assert config.addresses == (("0.0.0.0", 22), ("::1", 0), ("some.name", 2222))
     assert config.hostkeys_dir == Path("keys")
     assert (config.client_alive_interval, config.login_grace_time) == (0.0, 0.5)
@@ -71,8 +97,8 @@ def test_flags_override_even_what_is_wrong_in_the_file(tmp_path: Path) -> None:
 
 def test_the_home_template_holds_the_login_name(tmp_path: Path) -> None:
     config = load(tmp_path, 'home = "/home/{user}/of/{user}"')
-    assert open_account(config, "eve").home == "/home/eve/of/eve"
-    assert open_account(Config(), "eve").home == pwd.getpwuid(os.geteuid()).pw_dir
+    assert find_account(config, "eve").home == "/home/eve/of/eve"
+    assert find_account(Config(), "eve").home == pwd.getpwuid(os.geteuid()).pw_dir
 
 
 # -- what may not ----------------------------------------------------------------------------------
@@ -85,11 +111,11 @@ def test_the_home_template_holds_the_login_name(tmp_path: Path) -> None:
         ("x = 1", f"1: x: unknown key; known are {', '.join(KEYS)}"),
         ("\n[server]\nlisten = []", "2: server: unknown key"),
         ("[[home]]\nx = 1", "1: home: expected a string, not [{'x': 1}]"),
-        ("# one\u2028line\nshell = 3", "2: shell: expected a string, not 3"),
+        ("# one\u2028line\nshell = 3", "2: shell: expected a string or a list, not 3"),
         ("home.x = 1", "1: home: expected a string, not {'x': 1}"),
         ("listen-on = 1", "1: listen-on: unknown key; did you mean listen?"),
-        ("'shell' = 3", "1: shell: expected a string, not 3"),
-        ("accept_env = [\n'shell'\n]\nshell = 3", "4: shell: expected a string, not 3"),
+        ("'shell' = 3", "1: shell: expected a string or a list, not 3"),
+        ("accept_env = [\n'shell'\n]\nshell = 3", "4: shell: expected a string or a list, not 3"),
         ("listen = '127.0.0.1:1'", "1: listen: expected a list, not '127.0.0.1:1'"),
         ("listen = [1]", "1: listen: expected a list, each item a string, not [1]"),
         ("listen = []", "1: listen: is empty; name at least one HOST:PORT"),
@@ -129,8 +155,74 @@ def test_the_home_template_holds_the_login_name(tmp_path: Path) -> None:
         ),
         ("client_alive_count_max = 0", "1: client_alive_count_max: expected a whole number >= 1"),
         ("client_alive_count_max = 1.5", "1: client_alive_count_max: expected a whole number, not"),
-        ("login_grace_time = 0", "1: login_grace_time: expected a number > 0.0, not 0"),
-        ("login_grace_time = nan", "1: login_grace_time: expected a number > 0.0, not nan"),
+        ("hangup_grace = 0", "1: hangup_grace: expected a number > 0.0, not 0"),
+        ("login_grace_time = nan", "1: login_grace_time: expected a number >= 0.0, not nan"),
+        ("shell = []", "1: shell: '' is not an absolute path; try /bin/bash"),
+        ("shell = ['/no/shell', '-x']", "1: shell: /no/shell is not an executable file"),
+        ("shell = [1]", "1: shell: expected a list, each item a string, not [1]"),
+        ("env = {A = 1}", "1: env: expected a table, each value a string, not {'A': 1}"),
+        ("env = {'1A' = 'x'}", "1: env: '1A' is no name of a variable; use letters, digits"),
+        ('[env]\nA = "\\u0000"', "2: env.A: holds a NUL character"),
+        ("umask = '8'", "1: umask: expected three octal digits, such as \"027\", not '8'"),
+        ("umask = 18", "1: umask: expected a string, not 18"),
+        ("rlimits = 3", "1: rlimits: expected a table, not 3"),
+        ("[rlimits]\nnofiles = 3", "2: rlimits.nofiles: unknown key; did you mean nofile?"),
+        ("[rlimits]\n\nnofile = -1", "3: rlimits.nofile: expected a whole number >= 0, not -1"),
+        ("rlimits.cpu = 'x'", "1: rlimits.cpu: expected a whole number, not 'x'"),
+        (f'motd = "{"x" * 20000}"', "1: motd: is longer than 16384 characters; shorten it"),
+        ("penalty_exempt = ['10.0.0.1/8']", "1: penalty_exempt: 10.0.0.1/8 has host bits set"),
+        ("max_sessions = -1", "1: max_sessions: expected a whole number >= 0, not -1"),
+        ("accounts = 3", "1: accounts: expected a table, not 3"),
+        ("[accounts]", "1: accounts: names nobody; add [accounts.NAME], or take it out"),
+        ("accounts.alice = 3", "1: accounts.alice: expected a table, not 3"),
+        ("[accounts.alice]", "1: accounts.alice: nobody can log in; add password or authorized_"),
+        ("[accounts.'a b']\npassword = '!'", '1: accounts."a b": is no login name: up to 32 of'),
+        ("[accounts.-x]\npassword = '!'", "1: accounts.-x: is no login name: up to 32 of"),
+        (
+            "\n[accounts.al]\npasword = ''\npassword = '!'",
+            "3: accounts.al.pasword: unknown key; did",
+        ),
+        ("[accounts.\"*\"]\npassword = 'secret'", '2: accounts."*".password: is no argon2id hash;'),
+        ("accounts.al.password = 123456", "1: accounts.al.password: expected a string"),
+        (
+            f"accounts.al.password = '$argon2i$v=19$m=64,t=1,p=1${SALT}'",
+            "1: accounts.al.password: is not",
+        ),
+        (
+            f"accounts.al.password = '$argon2id$v=19$m=9999999,t=1,p=1${SALT}'",
+            "1: accounts.al.password: would",
+        ),
+        ("accounts.al.authorized_keys = ['']", "1: accounts.al.authorized_keys: holds an empty"),
+        (
+            "accounts.al.authorized_keys = ['k']",
+            "1: accounts.al.authorized_keys: the options before",
+        ),
+        (
+            "accounts.al.authorized_keys = ['/n']",
+            "1: accounts.al.authorized_keys: /n: No such file",
+        ),
+        (
+            "accounts.al.authorized_keys = ['/{x}']",
+            "1: accounts.al.authorized_keys: '/{x}' may hold",
+        ),
+        (
+            "[accounts.al]\npassword='!'\nprincipals=['{x}']",
+            "3: accounts.al.principals: '{x}' may hold",
+        ),
+        (
+            "[accounts.al]\npassword='!'\nhome='x'",
+            "3: accounts.al.home: 'x' is not an absolute path",
+        ),
+        ("[accounts.al]\npassword='!'\nshell='x'", "3: accounts.al.shell: 'x' is not an absolute"),
+        (
+            "[accounts.al]\npassword='!'\n[accounts.al.rlimits]\ncpu=-1",
+            "4: accounts.al.rlimits.cpu: expected",
+        ),
+        (
+            "[auth]\ntrusted_user_ca_keys=['/n']\n[accounts.al]",
+            "2: auth.trusted_user_ca_keys: /n: No such",
+        ),
+        ("[auth]\ntrusted = []", "2: auth.trusted: unknown key; known are trusted_user_ca_keys"),
         ("hangup_grace = '3'", "1: hangup_grace: expected a number, not '3'"),
         ("log_format = 'xml'", "1: log_format: expected text or json, not 'xml'"),
     ],

@@ -1,0 +1,221 @@
+"""What the types of config.py cannot say: whether the values of a Config can be used here and now.
+
+Every problem is one line that ends with its remedy. Looks at the machine, changes nothing.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import pwd
+import re
+import resource
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from .authorized_keys import check_source, read_keys
+from .config import (
+    EVERYBODY_ELSE,
+    AccountSettings,
+    Config,
+    Rlimits,
+    is_loopback,
+    parse_address,
+    show,
+)
+from .names import valid_user_name
+from .passwords import LOCKED, check_hash
+
+Problem = tuple[tuple[str, ...], str]
+"""A key, with the tables that it is in, and what is wrong with its value."""
+
+MAX_MOTD = 16 * 1024
+
+
+def problems_of(config: Config) -> list[Problem]:
+    """Everything that is wrong with the values; none if all is well."""
+    with_nul = [(key, _NUL) for key in _keys_with_nul(config)]
+    if with_nul:
+        return with_nul  # everything below would trip over it
+    found: list[Problem] = [(("listen",), problem) for problem in check_listen(config)]
+    found += _settings(config, ())
+    found += [(("HOME",), problem) for problem in _own_home()]
+    for text in config.penalty_exempt:
+        try:
+            ipaddress.ip_network(text)
+        except ValueError as exc:
+            found.append((("penalty_exempt",), f"{exc}; write it as 10.0.0.0/8 or ::1"))
+    for text in config.auth.trusted_user_ca_keys:
+        problem = check_source(text, must_exist=True)
+        found += [(("auth", "trusted_user_ca_keys"), problem)] if problem else []
+    if config.accounts is None and config.auth.trusted_user_ca_keys:
+        found.append((("auth",), 'nobody has an account; add [accounts."*"] for all certificates'))
+    if config.accounts is not None:
+        found += _accounts(config, config.accounts)
+    return found
+
+
+def warnings_of(config: Config) -> list[str]:
+    """What is allowed, and perhaps not meant."""
+    found = []
+    if os.geteuid() == 0:
+        accounts = (config.accounts or {"": AccountSettings()}).items()
+        roots = [
+            name
+            for name, account in accounts
+            if not (config.run_as if account.run_as is None else account.run_as)
+        ]
+        who = "every visitor" if config.open_mode else ", ".join(roots)
+        if roots:
+            found.append(
+                f"run_as is not set: {who} gets a shell as root; set run_as to another user"
+            )
+    for name, account in (config.accounts or {}).items():
+        for source in account.authorized_keys:
+            found += [
+                f"accounts.{name}: {problem}"
+                for problem in read_keys(source)[1]
+                if "{user}" not in source
+            ]
+    return found
+
+
+def check_listen(config: Config) -> list[str]:
+    """What forbids to listen where config says, a line for each problem; none if all is well."""
+    problems = [] if config.listen else ["is empty; name at least one HOST:PORT"]
+    for text in config.listen:
+        try:
+            host = parse_address(text).host
+        except ValueError as exc:
+            problems.append(str(exc))
+            continue
+        if config.open_mode and not config.open_to_network and not is_loopback(host):
+            problems.append(
+                f"{text} can be reached from other machines, and nobody is asked for a password; "
+                "listen on 127.0.0.1, add accounts, or say --open-to-network if that is what you want"
+            )
+    return problems
+
+
+_NUL = "holds a NUL character, which no name can; take it out"
+
+
+def _keys_with_nul(value: Any, key: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The keys with a character that TOML can write and the system's interfaces cannot take."""
+    if isinstance(value, msgspec.Struct):
+        value = msgspec.structs.asdict(value)
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from [(*key, name)] if "\0" in name else _keys_with_nul(inner, (*key, name))
+    elif isinstance(value, str | tuple) and "\0" in "".join(value):
+        yield key
+
+
+# -- what can stand at the top level and in an account --------------------------------------------
+
+
+def _settings(settings: Config | AccountSettings, at: tuple[str, ...]) -> list[Problem]:
+    found: list[Problem] = []
+
+    def note(key: str, *problems: str) -> None:
+        found.extend(((*at, key), problem) for problem in problems)
+
+    if settings.shell is not None:
+        note("shell", *_shell(settings.shell))
+    if settings.run_as:
+        note("run_as", *_run_as(settings.run_as))
+    if settings.home:
+        note("home", *_home(settings.home))
+    for name in settings.env or {}:
+        if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
+            note("env", f"{show(name)} is no name of a variable; use letters, digits and _")
+    if len(settings.motd or "") > MAX_MOTD:
+        note("motd", f"is longer than {MAX_MOTD} characters; shorten it")
+    if settings.rlimits is not None:
+        note("rlimits", *_rlimits(settings.rlimits))
+    return found
+
+
+def _shell(shell: str | tuple[str, ...]) -> list[str]:
+    program = shell if isinstance(shell, str) else next(iter(shell), "")
+    if not program.startswith("/"):
+        absolute = shutil.which(program) or "/bin/bash"
+        return [f"{show(program)} is not an absolute path; try {absolute}"]
+    if shutil.which(program) is None:
+        return [f"{program} is not an executable file; install it, or name another shell"]
+    return []
+
+
+def _run_as(name: str) -> list[str]:
+    if os.geteuid() != 0:
+        return [
+            f"only root may run shells as {name}; start the server as root, or leave run_as out"
+        ]
+    try:
+        pwd.getpwnam(name)
+    except KeyError:
+        return [f"there is no user {name} on this machine; create it with useradd"]
+    return [] if shutil.which("setpriv") else ["needs the program setpriv (package util-linux)"]
+
+
+def _home(template: str) -> list[str]:
+    return _template(template) or (
+        [] if template.startswith("/") else [f"{show(template)} is not an absolute path; begin it with /"]
+    )  # fmt: skip
+
+
+def _template(text: str) -> list[str]:
+    if re.fullmatch(r"([^{}]|\{user\})*", text) is None:  # str.format knows more than that
+        return [f"{show(text)} may hold {{user}} and no other braces"]
+    return []
+
+
+def _rlimits(limits: Rlimits) -> list[str]:
+    """Limits that only root could raise."""
+    found = []
+    for name, value in limits.set().items():
+        _, hard = resource.getrlimit(getattr(resource, f"RLIMIT_{name.upper()}"))
+        if os.geteuid() != 0 and hard != resource.RLIM_INFINITY and value > hard:
+            found.append(f"{name} = {value} is more than this server may give; {hard} is the most")
+    return found
+
+
+def _own_home() -> list[str]:
+    try:
+        Path.home()  # asyncssh, too, asks for it, and both of us would trip
+    except RuntimeError:
+        return [f"uid {os.geteuid()} has no home directory; set HOME in the environment"]
+    return []
+
+
+# -- accounts -------------------------------------------------------------------------------------
+
+
+def _accounts(config: Config, accounts: dict[str, AccountSettings]) -> list[Problem]:
+    found: list[Problem] = []
+    if not accounts:
+        found.append((("accounts",), "names nobody; add [accounts.NAME], or take it out"))
+    for name, account in accounts.items():
+        at = ("accounts", name)
+        if name != EVERYBODY_ELSE and not valid_user_name(name):
+            problem = (
+                "is no login name: up to 32 of A-Z a-z 0-9 . _ - and no . or - first; rename it"
+            )
+            found.append((at, problem))
+        found += _settings(account, at)
+        if not (account.password or account.authorized_keys or config.auth.trusted_user_ca_keys):
+            problem = f'nobody can log in; add password or authorized_keys, or lock it by password = "{LOCKED}"'
+            found.append((at, problem))
+        if account.password and (problem := check_hash(account.password)):
+            found.append(((*at, "password"), problem))
+        for text in account.authorized_keys:
+            problem = next(iter(_template(text) if text.startswith("/") else []), "")
+            problem = problem or check_source(text, must_exist="{user}" not in text)
+            found += [((*at, "authorized_keys"), problem)] if problem else []
+        for text in account.principals:
+            found += [((*at, "principals"), problem) for problem in _template(text)]
+    return found
