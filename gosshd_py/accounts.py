@@ -1,58 +1,153 @@
-"""Who a login name is: the record that says what its sessions run, as whom, and where."""
+"""Who a login name is: the record that says what its sessions run, as whom, where and how much."""
 
 from __future__ import annotations
 
 import os
 import pwd
-import re
+import shutil
+import tempfile
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
 
-from .config import Config
+from .config import EVERYBODY_ELSE, AccountSettings, Config, Rlimits
+from .names import fill, valid_user_name
 
-_USER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,31}")
+_T = TypeVar("_T")
 
 PATH = "/usr/local/bin:/usr/bin:/bin:/usr/games"
 ROOT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
-
-def valid_user_name(name: str) -> bool:
-    """Whether a client may log in as name.
-
-    Names end up in paths and in arguments, so `../x`, `-oProxyCommand=x` and `.ssh` are no names.
-    """
-    return _USER_NAME.fullmatch(name) is not None
+SKELETON = Path("/etc/skel")
 
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """A login name and its sessions: the shell, (uid, gid) to become, the home to start in."""
+    """A login name and its sessions: what they run, (uid, gid) to become, the home to start in."""
 
     name: str
-    shell: str
+    shell: tuple[str, ...]
+    """argv of a shell; a command is run by it with -c COMMAND behind."""
+    login_shell: bool
+    """Whether a shell gets -l, too."""
     run_as: tuple[int, int] | None
     home: str
+    makes_home: bool
+    """Whether the home is made if it is missing."""
+    env: Mapping[str, str] = field(default_factory=dict)
+    umask: str | None = None
+    rlimits: Rlimits = field(default_factory=Rlimits)
+    motd: str = ""
+    max_sessions: int = 0
+    password: str = ""
+    authorized_keys: tuple[str, ...] = ()
+    principals: tuple[str, ...] = ()
+
+    def argv(self, command: bytes | None) -> list[str | bytes]:
+        """What executes a command, or for None an interactive shell."""
+        if command is not None:
+            return [*self.shell, "-c", command]
+        return [*self.shell, "-l"] if self.login_shell else [*self.shell]
 
     def environment(self) -> dict[str, str]:
         """What every session gets, built from nothing, but for the server's LANG."""
-        uid = os.geteuid() if self.run_as is None else self.run_as[0]
         return {
             "HOME": self.home,
             "USER": self.name,
             "LOGNAME": self.name,
-            "SHELL": self.shell,
-            "PATH": PATH if uid else ROOT_PATH,
+            "SHELL": self.shell[0],
+            "PATH": PATH if self.uid else ROOT_PATH,
             "LANG": os.environ.get("LANG", "C.UTF-8"),
         }
 
+    @property
+    def uid(self) -> int:
+        """The user id of the sessions."""
+        return os.geteuid() if self.run_as is None else self.run_as[0]
 
-def open_account(config: Config, name: str) -> Account:
-    """Make the account that everybody has in open mode."""
+    @property
+    def key_owners(self) -> frozenset[int]:
+        """The uids that may own files which say who may enter (sshd_config(5), StrictModes)."""
+        return frozenset((0, os.geteuid(), self.uid))
+
+    def make_home(self) -> None:
+        """Make the home of a first login from /etc/skel, with mode 0700. Raises OSError.
+
+        It is filled under another name first: nobody ever sees half a home, and whoever is
+        second in making it finds it there.
+        """
+        home = Path(self.home)
+        if not self.makes_home or home.exists():
+            return
+        home.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        new = Path(tempfile.mkdtemp(prefix=f".{home.name}.", dir=home.parent))
+        try:
+            if SKELETON.is_dir():
+                shutil.copytree(SKELETON, new, symlinks=True, dirs_exist_ok=True)
+            if self.run_as is not None:
+                _give(new, *self.run_as)
+            new.chmod(0o700)
+            new.rename(home)
+        except BaseException:
+            shutil.rmtree(new, ignore_errors=True)
+            if home.is_dir():
+                return  # somebody else's session has made it
+            raise
+
+
+def _give(top: Path, uid: int, gid: int) -> None:
+    for folder, folders, files in os.walk(top, topdown=False):
+        for name in (*folders, *files):
+            os.chown(Path(folder, name), uid, gid, follow_symlinks=False)
+    os.chown(top, uid, gid)
+
+
+def find_account(config: Config, name: str) -> Account | None:
+    """The account of a login name: its own, else everybody else's; in open mode everybody has one."""
+    if not valid_user_name(name):
+        return None
+    if config.open_mode:
+        return _account(config, name, AccountSettings())
+    accounts = config.accounts or {}
+    settings = accounts.get(name) or accounts.get(EVERYBODY_ELSE)
+    return _account(config, name, settings) if settings is not None else None
+
+
+def _account(config: Config, name: str, own: AccountSettings) -> Account | None:
+    """Put together what the account has of its own and what holds for all."""
     run_as = None
     home = "/"
     with suppress(KeyError):  # a container may run as a uid that has no name
         home = pwd.getpwuid(os.geteuid()).pw_dir
-    if config.run_as:
-        user = pwd.getpwnam(config.run_as)
+    if user_name := _first(own.run_as, config.run_as):
+        try:
+            user = pwd.getpwnam(user_name)
+        except KeyError:
+            return None  # removed since the configuration was checked
         run_as, home = (user.pw_uid, user.pw_gid), user.pw_dir
-    return Account(name, config.shell, run_as, config.home.format(user=name) or home)
+    template = _first(own.home, config.home)
+    shell = _first(own.shell, config.shell)
+    return Account(
+        name=name,
+        shell=(shell,) if isinstance(shell, str) else shell,
+        login_shell=isinstance(shell, str),
+        run_as=run_as,
+        home=fill(template, name) or home,
+        makes_home=bool(template),
+        env={**config.env, **(own.env or {})},
+        umask=own.umask or config.umask,
+        rlimits=_first(own.rlimits, config.rlimits),
+        motd=_first(own.motd, config.motd),
+        max_sessions=_first(own.max_sessions, config.max_sessions),
+        password=own.password,
+        authorized_keys=tuple(
+            fill(text, name) if text.startswith("/") else text for text in own.authorized_keys
+        ),
+        principals=tuple(fill(text, name) for text in own.principals),
+    )
+
+
+def _first(own: _T | None, default: _T) -> _T:
+    return default if own is None else own

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -33,12 +34,16 @@ class Command:
     client_env: what the client adds to it. It is not there before the user is changed, or a
     client could choose what root runs and loads (PATH, LD_PRELOAD).
     run_as: (uid, gid) to become, with that user's groups; None keeps the server's own.
+    umask: octal digits; None keeps the server's own.
+    rlimits: by their names in setrlimit(2) without RLIMIT_, small, and in its units.
     """
 
     argv: Sequence[str | bytes]
     env: Mapping[str, str] = field(default_factory=dict)
     client_env: Mapping[str, bytes] = field(default_factory=dict)
     run_as: tuple[int, int] | None = None
+    umask: str | None = None
+    rlimits: Mapping[str, int] = field(default_factory=dict)
 
 
 # Runs in the child, so as the shell's user: a home that only that user may enter is no trouble.
@@ -66,7 +71,7 @@ def spawn(command: Command, *, stdin: int, stdout: int, stderr: int, terminal: b
         raise SpawnError("the command holds a NUL byte, which no argument can")
     if not os.access(program, os.X_OK):
         raise SpawnError(f"{os.fsdecode(program)}: not found or not executable on this server")
-    script = (_TAKE_TERMINAL if terminal else "") + _CHDIR + _EXPORT_AND_EXEC
+    script = (_TAKE_TERMINAL if terminal else "") + _confine(command) + _CHDIR + _EXPORT_AND_EXEC
     exports = [f"{name}=".encode() + value for name, value in command.client_env.items()]
     shell = ["/bin/sh", "-c", script, "sh"]
     argv = [*_become(command.run_as), *shell, *exports, "--", *command.argv]
@@ -83,6 +88,46 @@ def spawn(command: Command, *, stdin: int, stdout: int, stderr: int, terminal: b
         popen.kill()
         popen.wait()
         raise SpawnError(f"cannot watch {os.fsdecode(program)}: {exc.strerror}") from exc
+
+
+_ULIMIT = {
+    "nofile": "ulimit -n {}",
+    "nproc": "ulimit -u {0} 2>/dev/null || ulimit -p {0}",  # bash's letter, then dash's
+    "core": "ulimit -c {}",
+    "cpu": "ulimit -t {}",
+    "as": "ulimit -v {}",
+}
+_ULIMIT_UNITS = {"core": 512, "as": 1024}
+"""Bytes in a unit of the shell's ulimit, where the unit is not that of setrlimit(2)."""
+
+
+def _confine(command: Command) -> str:
+    """The launcher's lines for umask and limits; without its limits no program starts."""
+    lines = [f"umask {command.umask}"] if command.umask else []
+    if "nofile" not in command.rlimits and _inherited_nofile is not None:
+        lines.append(f"ulimit -S -n {_inherited_nofile}")
+    for name, value in command.rlimits.items():
+        ulimit = _ULIMIT[name].format(value // _ULIMIT_UNITS.get(name, 1))
+        lines.append(
+            f'{{ {ulimit}; }} || {{ echo "gosshd: cannot set the limit {name}" >&2; exit 1; }}'
+        )
+    return "".join(f"{line}\n" for line in lines)
+
+
+_inherited_nofile: int | None = None
+"""The soft limit that we were started with, if it is another one now."""
+
+
+def raise_nofile() -> None:
+    """Let the server have as many open files as it may; programs get back what it was started with.
+
+    A session takes about four, and 1,024 is a common soft limit.
+    """
+    global _inherited_nofile  # noqa: PLW0603  # a property of the process, as the limit is
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        _inherited_nofile = soft
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _become(run_as: tuple[int, int] | None) -> list[str]:
