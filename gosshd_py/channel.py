@@ -8,8 +8,7 @@ break act at once; a mistake in here or from the client ends this channel, not t
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
@@ -38,9 +37,6 @@ MIN_PACKET = 256
 CLOSE_TIMEOUT = 1.0
 """Seconds for closing a channel, from the last output to the client's CLOSE."""
 
-REKEY_TIMEOUT = 30.0
-"""Seconds in which a client must finish a key exchange while output waits for it."""
-
 REFUSAL_DELAY = 0.05
 """Seconds from a refusal's words to the refusal. The OpenSSH client exits when it reads the latter
 and forgets what it has not yet shown, so they must not come in one piece."""
@@ -48,7 +44,7 @@ and forgets what it has not yet shown, so they must not come in one piece."""
 _OVERRIDDEN = (
     *(f"_process_{name}_request" for name in ("pty_req", "env", "shell", "exec", "subsystem")),
     *("_service_next_request", "_report_response", "_close_send", "process_connection_close"),
-    "process_open",
+    *("process_open", "_cleanup"),
 )
 
 
@@ -60,8 +56,28 @@ class RunningProgram(Protocol):
     def send_break(self) -> bool: ...
 
 
-Starter = Callable[["Channel", Start], RunningProgram]
-"""Starts a program and its session on a channel. Raises SpawnError with words for the client."""
+class Host(Protocol):
+    """What a channel asks of its connection."""
+
+    accept_env: Collection[str]
+    """Patterns of the variable names that a client may set."""
+    request_timeout: float
+    """Seconds in which a program must be asked for; 0: no limit."""
+    turn: asyncio.Lock
+    """Held while a program is started; all channels of a server share it."""
+    transport_open: asyncio.Event
+    """Set while the connection's TCP buffer takes more."""
+
+    @property
+    def allow_pty(self) -> bool: ...
+    async def prepare(self) -> None: ...
+    def start(self, channel: Channel, request: Start) -> RunningProgram:
+        """Start a program and its session. Raises SpawnError with words for the client."""
+
+    def greeting(self, request: Start) -> str: ...
+    def limit_hit(self, limit: str, **facts: object) -> None: ...
+    def request_refused(self, request: str, reason: str) -> None: ...
+    def channel_closed(self, channel: Channel) -> None: ...
 
 
 # -- the wire: what asyncssh's public callbacks cannot see or refuse ---------------------------
@@ -149,14 +165,14 @@ class SessionChannel(asyncssh.SSHServerChannel[bytes]):
     async def keys_exchanged(self) -> None:
         """Wait while keys are exchanged: what is sent meanwhile, asyncssh holds without a bound.
 
-        A client that starts a key exchange and does not finish it is disconnected.
+        transport.py disconnects a client that does not finish one.
         """
-        deadline = time.monotonic() + REKEY_TIMEOUT
-        while self._conn is not None and not self._conn._kex_complete:  # noqa: SLF001
-            if time.monotonic() > deadline:  # as asyncssh's own timers do it
-                unfinished = "the client did not finish a key exchange"
-                self._conn.connection_lost(asyncssh.ConnectionLost(unfinished))
-            await asyncio.sleep(0.01)  # no event tells of this, and it takes a few milliseconds
+        while self._conn is not None and not self._conn._kex_complete:  # noqa: SLF001, ASYNC110
+            await asyncio.sleep(0.01)  # no event tells, and it takes milliseconds
+
+    def _cleanup(self, exc: Exception | None = None) -> None:
+        super()._cleanup(exc)  # how every channel ends, also one that was never opened
+        self.channel.host.channel_closed(self.channel)
 
     def process_connection_close(self, exc: Exception | None) -> None:
         """Name the cause before the clean-up below looks like a CLOSE."""
@@ -232,6 +248,7 @@ class ChannelOutput:
 
     async def write(self, data: bytes) -> None:
         """Send data; return when window and TCP take more. BrokenPipeError: the client has gone."""
+        self._channel.active = asyncio.get_running_loop().time()
         await self._channel.wire.keys_exchanged()
         self._channel.wire.write(data, self._datatype)
         await self._channel.writable()
@@ -243,34 +260,26 @@ class Channel(asyncssh.SSHServerSession[bytes]):
     What asyncssh calls a session (it gets the callbacks) is our Channel; what asyncssh calls the
     channel (it sends the packets) is `wire`.
 
-    turn: held while a program is started; all channels of a server share it.
-    transport_open: set while the connection's TCP buffer takes more.
-    accept_env: patterns of the variable names that a client may set.
+    active: when the last byte went in either direction (the loop's time).
     """
 
     wire: SessionChannel
 
-    def __init__(
-        self,
-        start: Starter,
-        turn: asyncio.Lock,
-        transport_open: asyncio.Event,
-        accept_env: Collection[str] = (),
-    ) -> None:
-        self._start = start
-        self._turn = turn
+    def __init__(self, host: Host) -> None:
+        self.host = host
         self._launch: asyncio.Task[None] | None = None
-        self._accept_env = accept_env
+        self._loop = asyncio.get_running_loop()
+        self.active = self._loop.time()
+        self._timer: asyncio.TimerHandle | None = None
         self._window_open = asyncio.Event()
         self._window_open.set()
-        self._transport_open = transport_open
         self._env: dict[str, bytes] = {}
         self._terminal: Terminal | None = None
         self._started = False
         self._program: RunningProgram | None = None
         self.stdin = ChannelInput(self)
         self.outputs = (ChannelOutput(self), ChannelOutput(self, asyncssh.EXTENDED_DATA_STDERR))
-        self.ended: asyncio.Future[Cause] = asyncio.get_running_loop().create_future()
+        self.ended: asyncio.Future[Cause] = self._loop.create_future()
 
     @contextmanager
     def _contained(self, request: str) -> Iterator[None]:
@@ -285,6 +294,8 @@ class Channel(asyncssh.SSHServerSession[bytes]):
 
     def pty_req(self, term: bytes, sizes: list[int], modes: bytes) -> bool:
         """pty-req (RFC 4254 §6.2): once, before the start, with usable values."""
+        if not self.host.allow_pty:
+            return self._refuse("pty-req", "the key does not permit terminals")
         if self._terminal is not None or self._started:
             return self._refuse("pty-req", "only one, and before the program starts")
         columns, rows, xpixel, ypixel = sizes
@@ -298,7 +309,7 @@ class Channel(asyncssh.SSHServerSession[bytes]):
     def env_req(self, name: bytes, value: bytes) -> bool:
         """env (RFC 4254 §6.4): before the start, and only what the configuration names."""
         full = len(self._env) >= MAX_ENV and name.decode("latin-1") not in self._env
-        if self._started or full or not env_allowed(name, value, self._accept_env):
+        if self._started or full or not env_allowed(name, value, self.host.accept_env):
             return False
         self._env[name.decode("ascii")] = value
         return True
@@ -308,6 +319,7 @@ class Channel(asyncssh.SSHServerSession[bytes]):
         if self._started:
             return self._refuse(kind, "a program has been started on this channel")
         self._started = True
+        self._stop_timer()
         self._launch = asyncio.create_task(self._start_in_turn(kind, command))
         return None
 
@@ -318,14 +330,16 @@ class Channel(asyncssh.SSHServerSession[bytes]):
         """
         with self._contained(kind):
             try:
-                async with self._turn:
+                await self.host.prepare()
+                async with self.host.turn:
                     await asyncio.sleep(0)
                     if self.ended.done():
                         self.wire.close()
                         return
                     request = Start(kind, command, self._env, self._terminal)
-                    self._program = self._start(self, request)
+                    self._program = self.host.start(self, request)
                 self.wire.answer(accepted=True)
+                self._greet(self.host.greeting(request))
                 return
             except SpawnError as exc:
                 self.notice(f"gosshd: {exc}")
@@ -336,8 +350,12 @@ class Channel(asyncssh.SSHServerSession[bytes]):
             self.wire.close()  # nothing can follow on this channel
 
     def _refuse(self, request: str, reason: str) -> bool:
-        log.info("request refused", request=request, reason=reason)
+        self.host.request_refused(request, reason)
         return False
+
+    def _greet(self, text: str) -> None:
+        if text and not self.wire.is_closing():
+            self.wire.write(text.rstrip("\n").replace("\n", "\r\n").encode() + b"\r\n")
 
     def notice(self, text: str) -> None:
         """Put a line on the client's standard error, if there is room for it now."""
@@ -349,9 +367,21 @@ class Channel(asyncssh.SSHServerSession[bytes]):
     def connection_made(self, chan: asyncssh.SSHServerChannel[bytes]) -> None:
         """Wait for an empty buffer after each write: low and high water are both zero."""
         chan.set_write_buffer_limits(high=0, low=0)
+        if seconds := self.host.request_timeout:
+            self._timer = self._loop.call_later(seconds, self._no_request, seconds)
+
+    def _no_request(self, seconds: float) -> None:
+        self.host.limit_hit("request_timeout")
+        self.notice(f"gosshd: no program was asked for within {seconds:g} s")
+        self.wire.close()
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
 
     def data_received(self, data: bytes, datatype: int | None) -> None:
         """Input for the program."""
+        self.active = self._loop.time()
         self.stdin.feed(data)
 
     def eof_received(self) -> bool:
@@ -389,11 +419,16 @@ class Channel(asyncssh.SSHServerSession[bytes]):
         """All output fits the client's window."""
         self._window_open.set()
 
+    @property
+    def has_terminal(self) -> bool:
+        """Whether a person may be reading."""
+        return self._terminal is not None
+
     async def writable(self) -> None:
         """Wait until window and TCP both take more, or the connection has ended."""
-        while not (self._window_open.is_set() and self._transport_open.is_set()):
+        while not (self._window_open.is_set() and self.host.transport_open.is_set()):
             await self._window_open.wait()
-            await self._transport_open.wait()
+            await self.host.transport_open.wait()
 
     # -- the end ------------------------------------------------------------------------------
 
@@ -411,6 +446,7 @@ class Channel(asyncssh.SSHServerSession[bytes]):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The channel is gone: by the client's CLOSE, or with its connection."""
+        self._stop_timer()
         self.end(Cause.CLIENT_CLOSED)
         self._window_open.set()
 

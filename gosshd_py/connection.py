@@ -1,73 +1,75 @@
-"""One SSH connection (RFC 4252): who may enter, and what a channel on it starts."""
+"""One SSH connection: its beginning and its end, and what its channels start (RFC 4254)."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
 
 import asyncssh
 import structlog
+from asyncssh.packet import PacketDecodeError
 
-from .accounts import Account, open_account, valid_user_name
+from .authentication import Authenticator, Login
 from .channel import Channel, SessionChannel
-from .config import Address, Config
+from .command import command_of
+from .config import Config
 from .lifecycle import Cause, SpawnError, Start
+from .limits import Admission, SessionCounts
 from .pipes import PipeProgram
-from .process import Command
 from .pty import PtyProgram
 from .session import Program
+from .userauth import Entrance
 
 log = structlog.get_logger()
 
-Runner = Callable[["Connection", Channel, Start, Program], None]
-"""Takes over a channel and the program started for it: runs the session and owns its task."""
+
+@dataclass
+class Shared:
+    """What all connections of a server share. run: see Runner."""
+
+    run: Runner
+    connections: set[Connection] = field(default_factory=set)
+    admission: Admission = field(default_factory=Admission)
+    counts: SessionCounts = field(default_factory=SessionCounts)
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
-class Connection(asyncssh.SSHServer):
-    """What asyncssh asks about one connection. The server owns it through `connections`."""
+class Connection(Entrance):
+    """What asyncssh asks about one connection. Lives by the configuration that it began with."""
 
-    conn: asyncssh.SSHServerConnection
-
-    def __init__(
-        self, config: Config, connections: set[Connection], turn: asyncio.Lock, run: Runner
-    ) -> None:
-        self._config = config
-        self._turn = turn
-        self._connections = connections
-        self._run = run
-        self._transport_open = asyncio.Event()
-        self._transport_open.set()
+    def __init__(self, config: Config, authenticator: Authenticator, shared: Shared) -> None:
+        super().__init__(config, authenticator, shared.admission)
+        self._shared = shared
+        self.accept_env: Collection[str] = config.accept_env
+        self.request_timeout = config.request_timeout
+        self.turn = shared.turn
+        self.transport_open = asyncio.Event()
+        self.transport_open.set()
         self._began = time.monotonic()
-        self.peer = ""
-        """The client's address and port, for the log."""
-        self.account: Account | None = None
+        self._channels: set[Channel] = set()
         self.sessions = 0
-        self._reason = "by the client"
 
     def connection_made(self, conn: asyncssh.SSHServerConnection) -> None:
-        """Take note of it, and hear when TCP is full: asyncssh's own handlers do nothing."""
-        self.conn = conn
-        self.peer = str(Address(*conn.get_extra_info("peername")[:2]))
-        self._connections.add(self)
-        conn.pause_writing = self._transport_open.clear  # type: ignore[method-assign]
-        conn.resume_writing = self._transport_open.set  # type: ignore[method-assign]
-        # asyncio reads 256 KiB at once and asyncssh handles all of it before anybody else's turn:
-        # 20,000 small requests in one read stopped everything for half a second.
-        conn._transport.max_size = 8 * 1024  # type: ignore[union-attr]  # noqa: SLF001
+        """Take note of it."""
+        super().connection_made(conn)
+        self._shared.connections.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Write the connection's one log line."""
-        self._connections.discard(self)
-        self._transport_open.set()
+        """Forget it, and write its last log line."""
+        super().connection_lost(exc)
+        self._shared.connections.discard(self)
+        self.transport_open.set()
         # UnicodeError: an identification string that is not ASCII.
-        ours = not (exc is None or isinstance(exc, (asyncssh.Error, OSError, UnicodeError)))
+        theirs = (asyncssh.Error, OSError, UnicodeError, PacketDecodeError)
+        ours = not (exc is None or isinstance(exc, theirs))
         log.log(
             logging.ERROR if ours else logging.INFO,
             "connection closed",
             peer=self.peer,
-            user=self.account.name if self.account else None,
+            user=self.user,
             sessions=self.sessions,
             seconds=round(time.monotonic() - self._began, 3),
             client=str(self.conn.get_extra_info("client_version", "none")),
@@ -75,33 +77,69 @@ class Connection(asyncssh.SSHServer):
             exc_info=exc if ours else None,
         )
 
-    def disconnect(self) -> None:
-        """Send SSH_MSG_DISCONNECT and close the connection, whatever is still open on it."""
-        self._reason = "the server is shutting down"
-        self.conn.disconnect(asyncssh.DISC_BY_APPLICATION, self._reason)
+    def pause_writing(self) -> None:
+        """TCP is full."""
+        self.transport_open.clear()
 
-    # -- RFC 4252 -----------------------------------------------------------------------------
-
-    def begin_auth(self, username: str) -> bool:
-        """Open mode: a proper name is enough (method "none"). Returns whether more is needed.
-
-        There is no more to offer (server.py turns all other methods off), so True refuses: an
-        improper name, or a second one.
-        """
-        if self.account is not None or not valid_user_name(username):
-            return True
-        self.account = open_account(self._config, username)
-        return False
+    def resume_writing(self) -> None:
+        """TCP takes more."""
+        self.transport_open.set()
 
     # -- RFC 4254 -----------------------------------------------------------------------------
 
     def session_requested(self) -> tuple[SessionChannel, Channel]:
         """A session channel (RFC 4254 §6.1). Every other kind is refused by asyncssh's defaults."""
-        channel = Channel(self._start, self._turn, self._transport_open, self._config.accept_env)
+        account = self._permitted.account
+        limit, words = self._shared.counts.refuse(
+            self.config, account.name, account.max_sessions, len(self._channels)
+        )
+        if limit:
+            self.limit_hit(limit)
+            raise asyncssh.ChannelOpenError(asyncssh.OPEN_RESOURCE_SHORTAGE, words)
+        channel = Channel(self)
         channel.wire = SessionChannel(self.conn, channel)
+        self._channels.add(channel)
+        self._shared.counts.opened(account.name)
+        self.limit_time(0)
         return channel.wire, channel
 
-    def _start(self, channel: Channel, request: Start) -> PtyProgram | PipeProgram:
+    def channel_closed(self, channel: Channel) -> None:
+        """Make room for another one."""
+        if channel in self._channels:
+            self._channels.remove(channel)
+            self._shared.counts.closed(self._permitted.account.name)
+            if not self._channels and not self.conn.is_closed():
+                self.limit_time(self.config.unused_connection_timeout, self._unused)
+
+    def _unused(self) -> None:
+        self.limit_hit("unused_connection_timeout")
+        self.disconnect(f"no channel for {self.config.unused_connection_timeout:g} s")
+
+    def auth_completed(self) -> None:
+        """Wait for the first channel."""
+        super().auth_completed()
+        self.limit_time(self.config.unused_connection_timeout, self._unused)
+
+    @property
+    def _permitted(self) -> Login:
+        assert self.login is not None  # noqa: S101  # asyncssh opens no channel before login
+        return self.login
+
+    @property
+    def allow_pty(self) -> bool:
+        """Whether the key and the certificate allow terminals."""
+        return self._permitted.permissions.pty
+
+    async def prepare(self) -> None:
+        """What is done before a program starts and may take its time."""
+        account = self._permitted.account
+        try:
+            if account.makes_home:
+                await asyncio.to_thread(account.make_home)
+        except OSError as exc:  # the session starts in / and says so
+            log.warning("home not made", user=account.name, home=account.home, reason=exc.strerror)
+
+    def start(self, channel: Channel, request: Start) -> PtyProgram | PipeProgram:
         """Start what the client asks for. Raises SpawnError with words for the client."""
         try:
             program = self._spawn(request)
@@ -109,28 +147,25 @@ class Connection(asyncssh.SSHServer):
             log.warning(str(Cause.SPAWN_FAILED), peer=self.peer, kind=request.kind, reason=str(exc))
             raise
         self.sessions += 1
-        self._run(self, channel, request, program)
+        self._shared.run(self, channel, request, program)
         return program
 
+    def greeting(self, request: Start) -> str:
+        """The message of the day, for a shell on a terminal."""
+        login = self._permitted
+        shell = request.kind == "shell" and login.permissions.command is None
+        return login.account.motd if shell and request.terminal else ""
+
     def _spawn(self, request: Start) -> PtyProgram | PipeProgram:
-        assert self.account is not None  # noqa: S101  # asyncssh opens no channel before login
-        if request.kind == "subsystem":
+        if request.kind == "subsystem" and self._permitted.permissions.command is None:
             name = request.command.decode("utf-8", "backslashreplace")
             raise SpawnError(f"there is no subsystem {name!r} on this server")
-        command = self._command(self.account, request)
-        grace = self._config.hangup_grace
+        command = command_of(self._permitted, request, self.ends, self.accept_env)
+        grace = self.config.hangup_grace
         if request.terminal is not None:
             return PtyProgram.spawn(command, request.terminal, grace)
         return PipeProgram.spawn(command, grace)
 
-    def _command(self, account: Account, request: Start) -> Command:
-        peer, port = self.conn.get_extra_info("peername")[:2]
-        here, here_port = self.conn.get_extra_info("sockname")[:2]
-        argv: list[str | bytes] = [account.shell]
-        argv += ["-l"] if request.kind == "shell" else ["-c", request.command]
-        env = {
-            **account.environment(),
-            "SSH_CLIENT": f"{peer} {port} {here_port}",
-            "SSH_CONNECTION": f"{peer} {port} {here} {here_port}",
-        }
-        return Command(argv, env, request.env, account.run_as)
+
+Runner = Callable[[Connection, Channel, Start, Program], None]
+"""Takes over a channel and the program started for it: runs the session and owns its task."""

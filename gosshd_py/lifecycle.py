@@ -19,6 +19,8 @@ class Cause(StrEnum):
     SIGNALLED = "signalled"
     CLIENT_CLOSED = "client closed"
     CONNECTION_LOST = "connection lost"
+    IDLE = "idle"
+    TIME_LIMIT = "time limit"
     SHUTDOWN = "shutdown"
     SPAWN_FAILED = "spawn failed"
     ERROR = "internal error"
@@ -43,7 +45,7 @@ class Event(StrEnum):
     CLIENT_EOF = "client EOF"
     PROGRAM_ENDED = "program ended"
     OUTPUT_ENDED = "all output delivered"
-    CUT = "client gone, stalled, shutdown or error"
+    CUT = "client gone, stalled, time over, shutdown or error"
     REAPED = "program reaped, its fds closed"
     CHANNEL_CLOSED = "CLOSE sent, or connection gone"
 

@@ -1,9 +1,16 @@
-"""The listening sockets: bound by us, so that an error can say which address and what to do."""
+"""The listening sockets, and the door behind them.
+
+Sockets are bound by us, so that an error can say which address and what to do. A connection is
+let in or refused before anything is spent on it.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import socket
+import struct
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -11,6 +18,12 @@ from .config import DEFAULT_LISTEN, Address, Config
 
 BACKLOG = 1024
 """Connections that the kernel holds until we accept; asyncio's 100 make a burst wait for seconds."""
+
+IDENTIFICATION = "gosshd_py"
+"""The software version in our identification string (RFC 4253 §4.2)."""
+
+TOO_MANY_CONNECTIONS = 12
+"""SSH_DISCONNECT_TOO_MANY_CONNECTIONS (RFC 4253 §11.1)."""
 
 
 class ListenError(Exception):
@@ -78,3 +91,63 @@ def _why(exc: OSError) -> str:
         errno.EACCES: "ports below 1024 need root; choose a higher one with --listen",
     }
     return f"{exc.strerror}; {remedies.get(exc.errno or 0, 'choose another with --listen')}"
+
+
+# -- the door --------------------------------------------------------------------------------------
+
+LINGER = 1.0
+"""Seconds for a refused client to read why."""
+
+MAX_LINGERING = 200
+"""Refused clients that are told why at the same time; others are just cut off."""
+
+READ_SIZE = 8 * 1024
+"""Bytes read from a connection at once. asyncio would read 256 KiB, and SSH handle all of it before
+anybody else's turn: 20,000 small requests in one read stopped everything for half a second."""
+
+Decide = Callable[[asyncio.Transport], "asyncio.Protocol | str"]
+"""Says who takes a new connection over, or in words for the client why nobody does."""
+
+
+class Door(asyncio.Protocol):
+    """A connection just accepted: handed on, or refused before it costs anything."""
+
+    lingering = 0
+
+    def __init__(self, decide: Decide) -> None:
+        self._decide = decide
+        self._timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Ask, and hand on or refuse."""
+        assert isinstance(transport, asyncio.Transport)  # noqa: S101
+        if transport.get_extra_info("peername") is None:
+            transport.abort()  # the client has gone before we came
+            return
+        answer = self._decide(transport)
+        if not isinstance(answer, str):
+            transport.max_size = READ_SIZE  # type: ignore[attr-defined]
+            transport.set_protocol(answer)
+            answer.connection_made(transport)
+        elif Door.lingering >= MAX_LINGERING:
+            transport.abort()
+        else:
+            Door.lingering += 1
+            transport.write(refusal(answer))
+            transport.write_eof()
+            self._timer = asyncio.get_running_loop().call_later(LINGER, transport.abort)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The refused client has gone."""
+        if self._timer is not None:
+            self._timer.cancel()
+            Door.lingering -= 1
+
+
+def refusal(words: str) -> bytes:
+    """The identification (RFC 4253 §4.2) and SSH_MSG_DISCONNECT (§11.1): all that is said to a client."""
+    text = f"gosshd: {words}".encode()
+    payload = struct.pack(f">BII{len(text)}sI", 1, TOO_MANY_CONNECTIONS, len(text), text, 0)
+    padding = 4 + -(5 + len(payload) + 4) % 8  # at least four, to a multiple of eight (§6)
+    packet = struct.pack(">IB", 1 + len(payload) + padding, padding) + payload + bytes(padding)
+    return b"SSH-2.0-" + IDENTIFICATION.encode() + b"\r\n" + packet

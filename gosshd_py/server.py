@@ -1,27 +1,27 @@
-"""The server: asyncssh's settings, who owns which task, and the order of a shutdown."""
+"""The server: who is let in, who owns which task, and the order of a shutdown."""
 
 from __future__ import annotations
 
 import asyncio
 import functools
-import signal
-import socket
-from collections.abc import Callable
 from contextlib import suppress
 from typing import Self
 
 import asyncssh
 import structlog
 
+from .authentication import Authenticator
 from .channel import Channel
-from .config import Address, Config, ConfigError, check_listen
-from .connection import Connection
+from .checks import check_listen
+from .config import Address, Config, ConfigError
+from .connection import Connection, Shared
 from .hostkeys import load_host_keys
 from .lifecycle import Cause, Start
-from .listen import BACKLOG, open_sockets
+from .limits import SessionClock
+from .listen import BACKLOG, Door, open_sockets
 from .logs import log_loop_error
-from .process import reset_signals
 from .session import Program, run_session
+from .transport import Transport, make_options
 
 log = structlog.get_logger()
 
@@ -29,17 +29,6 @@ SHUTDOWN_NOTICE = "the server is shutting down"
 
 LEAVE_TIME = 0.5
 """Seconds that clients get, at shutdown, to leave by themselves after their last CLOSE."""
-
-# The client's order decides (RFC 4253 §7.1). curve25519 stands first for dropbear, which sends a
-# guess along and, as the RFC says, counts it wrong when the first names differ; asyncssh does not.
-KEX = ("curve25519-sha256", "curve25519-sha256@libssh.org", "mlkem768x25519-sha256")
-CIPHERS = (
-    "chacha20-poly1305@openssh.com",
-    "aes256-gcm@openssh.com",
-    "aes128-gcm@openssh.com",
-    *("aes256-ctr", "aes192-ctr", "aes128-ctr"),
-)
-MACS = ("hmac-sha2-256-etm@openssh.com", "hmac-sha2-512-etm@openssh.com")
 
 
 class Server:
@@ -58,20 +47,23 @@ class Server:
         self.addresses: list[Address] = []
         """Where it listens, with the real ports."""
         self.host_keys: list[asyncssh.SSHKey] = []
-        self.connections: set[Connection] = set()
-        self._turn = asyncio.Lock()
+        self._shared = Shared(self._run_session)
         self._stopping = False
         self._sessions: dict[asyncio.Task[None], Channel] = {}
-        self._listeners: list[asyncssh.SSHAcceptor] = []
+        self._listeners: list[asyncio.Server] = []
 
     async def __aenter__(self) -> Self:
         """Start to listen. Raises ListenError and HostKeyError."""
-        asyncio.get_running_loop().set_exception_handler(log_loop_error)
-        self.host_keys = load_host_keys(self.config.hostkeys_dir)
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(log_loop_error)
+        await self.use(self.config)
         sockets = open_sockets(self.config)
         try:
             for sock in sockets:
-                self._listeners.append(await self._listen(sock))
+                listener = await loop.create_server(
+                    lambda: Door(self._enter), sock=sock, backlog=BACKLOG
+                )
+                self._listeners.append(listener)
         except BaseException:
             for listener in self._listeners:
                 listener.close()
@@ -81,33 +73,31 @@ class Server:
         self.addresses = [Address(*sock.getsockname()[:2]) for sock in sockets]
         return self
 
-    async def _listen(self, sock: socket.socket) -> asyncssh.SSHAcceptor:
-        return await asyncssh.listen(
-            sock=sock,
-            backlog=BACKLOG,
-            server_factory=functools.partial(
-                Connection, self.config, self.connections, self._turn, self._run_session
-            ),
-            server_host_keys=self.host_keys,
-            server_version="gosshd_py",
-            login_timeout=self.config.login_grace_time,
-            keepalive_interval=self.config.client_alive_interval,
-            keepalive_count_max=self.config.client_alive_count_max,
-            kex_algs=KEX,
-            encryption_algs=CIPHERS,
-            mac_algs=MACS,
-            compression_algs=["none"],
-            line_editor=False,
-            encoding=None,
-            agent_forwarding=False,
-            x11_forwarding=False,
-            allow_scp=False,
-            gss_host=None,
-            host_based_auth=False,
-            public_key_auth=False,
-            password_auth=False,
-            kbdint_auth=False,
+    async def use(self, config: Config) -> None:
+        """Let new connections live by this configuration, and by the host keys that are there now.
+
+        The old ones, and their sessions, go on by the old one. Raises HostKeyError, and then
+        nothing has changed. The listeners stay as they are.
+        """
+        host_keys = load_host_keys(config.hostkeys_dir)
+        # In a thread, since this takes the time of hashing a password.
+        authenticator = await asyncio.to_thread(Authenticator, config)
+        make = functools.partial(Connection, config, authenticator, self._shared)
+        self._options = make_options(config, host_keys, make)
+        self.config, self.host_keys = config, host_keys
+
+    def _enter(self, transport: asyncio.Transport) -> asyncio.Protocol | str:
+        """Who takes a new connection over, or why nobody does."""
+        host: str = transport.get_extra_info("peername")[0]
+        words = (
+            SHUTDOWN_NOTICE if self._stopping else self._shared.admission.refuse(self.config, host)
         )
+        return words or Transport(self._options)
+
+    @property
+    def connections(self) -> set[Connection]:
+        """Connections that are open just now."""
+        return self._shared.connections
 
     @property
     def session_count(self) -> int:
@@ -128,16 +118,27 @@ class Server:
     async def _session(
         self, connection: Connection, channel: Channel, start: Start, program: Program
     ) -> None:
-        ending = await run_session(channel, program, drain_timeout=self.config.drain_timeout)
+        config = connection.config
+        size = start.terminal.size if start.terminal else None
+        facts = {
+            "peer": connection.peer,
+            "user": connection.user,
+            "kind": start.kind,
+            "command": start.command.decode("utf-8", "backslashreplace") or None,
+            "pty": start.terminal is not None,
+            "size": f"{size.columns}x{size.rows}" if size else None,
+        }
+        log.info("session started", **facts)
+        clock = SessionClock(channel, config, connection.limit_hit)
+        try:
+            ending = await run_session(channel, program, drain_timeout=config.drain_timeout)
+        finally:
+            clock.stop()
         if ending.error is not None:
             log.error("session failed", peer=connection.peer, exc_info=ending.error)
         log.info(
             "session over",
-            peer=connection.peer,
-            user=connection.account.name if connection.account else None,
-            kind=start.kind,
-            command=start.command.decode("utf-8", "backslashreplace") or None,
-            pty=start.terminal is not None,
+            **facts,
             cause=str(ending.cause),
             exit=str(ending.status) if ending.status else None,
             bytes_in=ending.bytes_in,
@@ -165,30 +166,13 @@ class Server:
         connections = list(self.connections)
         for connection in connections:
             if connection.sessions == 0:
-                connection.disconnect()
+                connection.disconnect(SHUTDOWN_NOTICE)
         with suppress(TimeoutError):
             async with asyncio.timeout(LEAVE_TIME):
                 for connection in connections:
                     await connection.conn.wait_closed()
         for connection in list(self.connections):
-            connection.disconnect()
+            connection.disconnect(SHUTDOWN_NOTICE)
             await connection.conn.wait_closed()
         while self._sessions:  # started while clients were leaving
             await asyncio.wait(self._sessions)
-
-
-async def serve(config: Config, on_ready: Callable[[Server], None] | None = None) -> None:
-    """Serve until SIGTERM or SIGINT. on_ready is called once, when clients can connect.
-
-    Raises ConfigError, ListenError and HostKeyError before that.
-    """
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    reset_signals()
-    async with Server(config) as server:
-        if on_ready is not None:
-            on_ready(server)
-        await stop.wait()
-        log.info("shutting down", sessions=server.session_count)

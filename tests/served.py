@@ -1,8 +1,9 @@
 """A server process that a test can look into: `python -m tests.served` with JSON on both pipes.
 
 Reads one line of JSON settings, writes {"addresses": …}; then answers "stats" with what a leak would
-change, "lag" with how long the loop stood still, "sabotage WHERE" by putting a bug there; anything
-else, or the end of input, is a clean stop. SIGUSR1 writes all stacks to standard error.
+change, "lag" with how long the loop stood still, "reload {…}" by taking these settings, "patch
+MODULE.CONSTANT VALUE" by having it so, "sabotage WHERE" by putting a bug there; anything else, or
+the end of input, is a clean stop. SIGUSR1 writes all stacks to standard error.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import faulthandler
 import gc
+import importlib
 import json
 import os
 import signal
@@ -23,7 +25,7 @@ from gosshd_py.channel import ChannelOutput
 from gosshd_py.config import Config
 from gosshd_py.connection import Connection
 from gosshd_py.hostkeys import known_hosts_lines
-from gosshd_py.process import Descriptor, reset_signals
+from gosshd_py.process import Descriptor, raise_nofile, reset_signals
 from gosshd_py.pty import PtyProgram
 from gosshd_py.server import Server
 
@@ -52,6 +54,7 @@ async def main() -> None:
     config = msgspec.convert(json.loads(await lines.readline()), Config)
     logs.configure("json")
     reset_signals()
+    raise_nofile()
     stop = asyncio.Event()
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     async with Server(config) as server:
@@ -68,6 +71,15 @@ async def main() -> None:
                 say(stats(server))
             elif asked.result() == b"lag\n":
                 say({"worst": lag.read()})
+            elif asked.result().startswith(b"reload "):
+                settings = json.loads(asked.result().removeprefix(b"reload "))
+                await server.use(msgspec.convert(settings, Config))
+                say({})
+            elif asked.result().startswith(b"patch "):
+                _, name, value = asked.result().decode().split()
+                module, _, constant = name.partition(".")
+                setattr(importlib.import_module(f"gosshd_py.{module}"), constant, json.loads(value))
+                say({})
             elif asked.result().startswith(b"sabotage "):
                 sabotage(asked.result().split()[1].decode())
                 say({})

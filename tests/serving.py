@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import asyncssh
 import paramiko
@@ -51,11 +51,19 @@ def alive(pid: int) -> bool:
 class Served:
     """A running server process (tests/served.py) and the ways into it."""
 
+    # Many tests do at once what one honest client never does.
+    SETTINGS: ClassVar = {
+        "listen": ["127.0.0.1:0"],
+        **dict.fromkeys(
+            ("max_startups", "per_source_max_startups", "connection_max_sessions", "max_penalty"), 0
+        ),
+    }
+
     def __init__(self, directory: Path, **settings: Any) -> None:
         self.directory = directory
         self.terminals: list[Any] = []
         self.log_file = directory / "log"
-        settings = {"listen": ["127.0.0.1:0"], "hostkeys": str(directory / "hostkeys"), **settings}
+        self.settings = {**self.SETTINGS, "hostkeys": str(directory / "hostkeys"), **settings}
         with self.log_file.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "tests.served"],
@@ -64,7 +72,7 @@ class Served:
                 stdout=subprocess.PIPE,
                 stderr=log,
             )
-        ready = self.ask(json.dumps(settings))
+        ready = self.ask(json.dumps(self.settings))
         self.host, self.port = ready["addresses"][0]
         self.known_hosts = directory / "known_hosts"
         self.known_hosts.write_text("\n".join(ready["known_hosts"]) + "\n")
@@ -109,14 +117,13 @@ class Served:
 
     def ssh_argv(self, *args: str, user: str = "anyuser") -> list[str]:
         """The real client, host key checked, nobody's own configuration."""
-        return [
-            *("ssh", "-F", "none", "-p", str(self.port), "-l", user),
+        at = args.index("HOST") if "HOST" in args else 0
+        options, command = args[:at], args[at:]
+        return [  # of an option given twice, ssh takes the first
+            *("ssh", "-F", "none", "-p", str(self.port), *options, "-l", user),
             *("-o", f"UserKnownHostsFile={self.known_hosts}", "-o", "StrictHostKeyChecking=yes"),
             *("-o", "BatchMode=yes", "-o", "LogLevel=ERROR", "-o", "IdentityAgent=none"),
-            *(
-                arg if arg != "HOST" else "localhost"
-                for arg in (args if "HOST" in args else ("HOST", *args))
-            ),
+            *("localhost", *(word for word in command if word != "HOST")),
         ]
 
     def ssh(
@@ -137,9 +144,15 @@ class Served:
             env={"PATH": os.environ["PATH"], "HOME": str(self.directory), **env},
         )
 
-    def terminal(self, *args: str, dimensions: tuple[int, int] = (24, 80), **kwargs: Any) -> Any:
+    def terminal(
+        self,
+        *args: str,
+        dimensions: tuple[int, int] = (24, 80),
+        user: str = "anyuser",
+        **kwargs: Any,
+    ) -> Any:
         """An interactive client under pexpect."""
-        argv = self.ssh_argv(*(args or ("-tt", "HOST")))
+        argv = self.ssh_argv(*(args or ("-tt", "HOST")), user=user)
         env = {"PATH": os.environ["PATH"], "HOME": str(self.directory), "TERM": "xterm-256color"}
         spawned = pexpect.spawn(
             argv[0], argv[1:], env=env, dimensions=dimensions, timeout=10, **kwargs
@@ -154,25 +167,23 @@ class Served:
 
     async def connect(self, **options: Any) -> asyncssh.SSHClientConnection:
         """An asyncssh client."""
-        return await asyncssh.connect(
-            self.host,
-            self.port,
-            username="anyuser",
-            known_hosts=str(self.known_hosts),
-            config=None,
-            agent_path=None,
-            client_keys=None,
-            gss_host=None,
-            **options,
-        )
+        defaults = {"username": "anyuser", "client_keys": None, "config": None, "agent_path": None}
+        options = {**defaults, "gss_host": None, "known_hosts": str(self.known_hosts), **options}
+        return await asyncssh.connect(self.host, self.port, **options)
 
     @contextmanager
-    def paramiko(self) -> Iterator[paramiko.Transport]:
+    def paramiko(self) -> Iterator[Any]:
         """A Paramiko transport, for requests that no client makes."""
-        transport = paramiko.Transport((self.host, self.port))
+        with self.paramiko_transport() as transport:
+            transport.auth_none("anyuser")
+            yield transport
+
+    @contextmanager
+    def paramiko_transport(self, **options: Any) -> Iterator[Any]:
+        """The same before it has logged in."""
+        transport = paramiko.Transport((self.host, self.port), **options)
         try:
             transport.start_client(timeout=10)
-            transport.auth_none("anyuser")
             yield transport
         finally:
             transport.close()

@@ -338,7 +338,7 @@ def test_a_client_that_never_opens_its_window_is_given_up_after_the_drain_time(s
         assert server.stats()["children"] == 0
 
 
-def test_scanners_and_browsers_cost_one_log_line(server: Served) -> None:
+def test_scanners_and_browsers_cost_two_log_lines(server: Served) -> None:
     start = len(server.log())
     with closing(socket.create_connection((server.host, server.port))):
         pass
@@ -354,8 +354,9 @@ def test_scanners_and_browsers_cost_one_log_line(server: Served) -> None:
         timeout=10,
     )
     assert b"ssh-ed25519" in scan.stdout
-    wait_for("three lines", lambda: len(server.log()) >= start + 3)
-    assert [event["event"] for event in server.log()[start:]] == ["connection closed"] * 3
+    wait_for("six lines", lambda: len(server.log()) >= start + 6)
+    events = sorted(event["event"] for event in server.log()[start:])
+    assert events == ["connection closed"] * 3 + ["connection opened"] * 3
 
 
 def test_ssh_without_a_session_is_kept_and_ends_cleanly(server: Served) -> None:

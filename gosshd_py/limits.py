@@ -1,0 +1,257 @@
+"""How much one client, one source and all together may take. Counts and timers; knows no SSH.
+
+Promises: all tables are bounded, whatever clients do, and what is refused is said once to the
+client and, for many refusals of one kind, rarely to the log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import math
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Protocol
+
+import structlog
+
+from .config import Config
+from .lifecycle import Cause
+
+log = structlog.get_logger()
+
+WARNING = 60.0
+"""Seconds before a time limit at which a terminal is warned."""
+
+MAX_PENALISED = 65536
+"""Sources remembered with a penalty; then the one that has failed least lately makes room."""
+
+REPEAT = 10.0
+"""Seconds in which a kind of refusal is logged once."""
+
+MAX_KINDS = 4096
+
+
+def source_of(host: str) -> str:
+    """Whom to count an address for: itself, or its /64, which is what one IPv6 customer has."""
+    address = ipaddress.ip_address(host.partition("%")[0])
+    if isinstance(address, ipaddress.IPv4Address):
+        return str(address)
+    if address.ipv4_mapped is not None:
+        return str(address.ipv4_mapped)
+    return str(ipaddress.ip_network((address, 64), strict=False))
+
+
+class Throttle:
+    """Logs an event once per REPEAT seconds for each key, and how many it has held back."""
+
+    def __init__(self) -> None:
+        self._seen: dict[tuple[str, ...], tuple[float, int]] = {}
+
+    def log(self, level: int, event: str, key: tuple[str, ...], **facts: object) -> None:
+        """Log it, or count it for the next line."""
+        now = time.monotonic()
+        since, held_back = self._seen.get((event, *key), (now - REPEAT, 0))
+        if now - since < REPEAT:
+            self._seen[event, *key] = (since, held_back + 1)
+            return
+        if len(self._seen) >= MAX_KINDS:
+            self._seen.clear()
+        self._seen[event, *key] = (now, 0)
+        log.log(level, event, **facts, **({"held_back": held_back} if held_back else {}))
+
+
+class Penalties:
+    """Sources whose logins fail, and until when they are refused (sshd's PerSourcePenalties)."""
+
+    def __init__(self) -> None:
+        self._sources: dict[str, tuple[float, bool]] = {}
+        """Until when, in seconds of the monotonic clock, and whether enough has been added up."""
+
+    def add(self, config: Config, source: str, seconds: float) -> None:
+        """Lengthen the penalty of a source. Time takes it away again, a second per second."""
+        if config.max_penalty == 0 or seconds == 0 or _exempt(source, config.penalty_exempt):
+            return
+        now = time.monotonic()
+        until, active = self._sources.pop(source, (now, False))
+        if until <= now:
+            until, active = now, False
+        until = min(until + seconds, now + config.max_penalty)
+        if len(self._sources) >= MAX_PENALISED:
+            del self._sources[next(iter(self._sources))]
+        self._sources[source] = (until, active or until - now >= config.min_penalty)
+
+    def left(self, source: str) -> float:
+        """Seconds for which the source is refused; 0 if it may come in."""
+        until, active = self._sources.get(source, (0.0, False))
+        left = until - time.monotonic()
+        if left <= 0:
+            self._sources.pop(source, None)
+        return left if active and left > 0 else 0.0
+
+
+def _exempt(source: str, networks: tuple[str, ...]) -> bool:
+    mine = ipaddress.ip_network(source)
+    return any(
+        mine.version == network.version and mine.subnet_of(network)  # type: ignore[arg-type]
+        for network in map(ipaddress.ip_network, networks)
+    )
+
+
+class Admission:
+    """Who may connect just now, and how many have not logged in yet (sshd's MaxStartups)."""
+
+    def __init__(self) -> None:
+        self.penalties = Penalties()
+        self.throttle = Throttle()
+        self._waiting: Counter[str] = Counter()
+
+    @property
+    def waiting(self) -> int:
+        """Connections that have not logged in."""
+        return self._waiting.total()
+
+    def refuse(self, config: Config, host: str) -> str:
+        """Why a new connection from an address is refused, in words for the client; "" if not."""
+        source = source_of(host)
+        limits = {
+            "max_startups": (
+                self.waiting,
+                "too many connections wait for a login; try again later",
+            ),
+            "per_source_max_startups": (
+                self._waiting[source],
+                "too many connections from your address wait for a login; close some",
+            ),
+        }
+        if left := self.penalties.left(source):
+            self._refused("penalty", source, seconds=round(left, 1))
+            return f"too many failed logins from your address; try again in {left:.0f} s"
+        for limit, (count, words) in limits.items():
+            most: int = getattr(config, limit)
+            if most and count >= most:
+                self._refused(limit, source, most=most)
+                return words
+        return ""
+
+    def _refused(self, limit: str, source: str, **facts: object) -> None:
+        self.throttle.log(
+            logging.WARNING,
+            "connection refused",
+            (limit, source),
+            limit=limit,
+            source=source,
+            **facts,
+        )
+
+    def penalise(self, config: Config, host: str, seconds: float) -> None:
+        """Make the source of an address wait longer before it may connect again."""
+        self.penalties.add(config, source_of(host), seconds)
+
+    def entered(self, host: str) -> None:
+        """Count a connection until it has logged in or gone."""
+        self._waiting[source_of(host)] += 1
+
+    def left(self, host: str) -> None:
+        """The connection has logged in, or gone."""
+        source = source_of(host)
+        self._waiting[source] -= 1
+        if not self._waiting[source]:
+            del self._waiting[source]
+
+
+class SessionCounts:
+    """How many sessions there are: in all, and of each account."""
+
+    def __init__(self) -> None:
+        self._accounts: Counter[str] = Counter()
+
+    def refuse(
+        self, config: Config, account: str, most: int, on_connection: int
+    ) -> tuple[str, str]:
+        """Which limit one more session would break, and words for the client; "" if none."""
+        for limit, count, allowed, words in (
+            ("connection_max_sessions", on_connection, config.connection_max_sessions, "this connection has"),
+            ("max_sessions", self._accounts[account], most, f"the account {account} has"),
+            ("total_max_sessions", self._accounts.total(), config.total_max_sessions, "the server runs"),
+        ):  # fmt: skip
+            if allowed and count >= allowed:
+                return limit, f"{words} {count} sessions, which is the limit; close one first"
+        return "", ""
+
+    def opened(self, account: str) -> None:
+        """Count a session."""
+        self._accounts[account] += 1
+
+    def closed(self, account: str) -> None:
+        """Count it no more."""
+        self._accounts[account] -= 1
+        if not self._accounts[account]:
+            del self._accounts[account]
+
+
+class Timed(Protocol):
+    """What a session's clock asks of its channel."""
+
+    active: float
+    """When the last byte went in either direction (the loop's time)."""
+
+    @property
+    def has_terminal(self) -> bool: ...
+    def notice(self, text: str) -> None: ...
+    def end(self, cause: Cause, text: str = "") -> None: ...
+
+
+class SessionClock:
+    """Ends a session that has been idle, or has lasted, for too long; warns its terminal before."""
+
+    def __init__(self, channel: Timed, config: Config, limit_hit: Callable[..., None]) -> None:
+        self._channel = channel
+        self._limit_hit = limit_hit
+        self._loop = asyncio.get_running_loop()
+        self._timers: dict[Cause, asyncio.TimerHandle] = {}
+        began = self._loop.time()
+        if config.idle_timeout:
+            self._watch(Cause.IDLE, config.idle_timeout, lambda: channel.active)
+        if config.session_timeout:
+            self._watch(Cause.TIME_LIMIT, config.session_timeout, lambda: began)
+
+    def _watch(self, cause: Cause, seconds: float, since: Callable[[], float]) -> None:
+        """Look when the time to warn, and the time to end, would come, and again if it moved."""
+        warn_after = max(seconds - WARNING, seconds / 2)
+
+        def look(warned_for: float = -1.0) -> None:
+            start, now = since(), self._loop.time()
+            if now >= start + seconds:
+                self._limit_hit(_NAMES[cause], seconds=seconds)
+                self._channel.end(cause, _WORDS[cause].format(f"{seconds:g}"))
+                return
+            due = start + warn_after
+            if now >= due:
+                if warned_for != start and self._channel.has_terminal:
+                    self._channel.notice(
+                        "\r\ngosshd: "
+                        + _WARNINGS[cause].format(f"{math.ceil(start + seconds - now)}")
+                    )
+                due, warned_for = start + seconds, start
+            self._timers[cause] = self._loop.call_at(due, look, warned_for)
+
+        look()
+
+    def stop(self) -> None:
+        """The session is over."""
+        for timer in self._timers.values():
+            timer.cancel()
+
+
+_NAMES = {Cause.IDLE: "idle_timeout", Cause.TIME_LIMIT: "session_timeout"}
+_WORDS = {
+    Cause.IDLE: "this session was idle for {} s and is ended",
+    Cause.TIME_LIMIT: "this session has lasted {} s, as long as one may, and is ended",
+}
+_WARNINGS = {
+    Cause.IDLE: "this session is idle and ends in {} s; press a key to keep it",
+    Cause.TIME_LIMIT: "this session ends in {} s; save your work",
+}

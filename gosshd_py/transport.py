@@ -1,0 +1,174 @@
+"""The transport under a connection (RFC 4253): its algorithms, and where asyncssh needs a limit.
+
+Promises: a client that does not read, exchanges keys without end or never finishes to, or tries
+to log in again and again, costs bounded memory and is disconnected with the reason.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import asyncssh
+from asyncssh.packet import PacketDecodeError, SSHPacket, String
+
+from .authentication import SIGNATURES
+from .config import Config
+from .listen import IDENTIFICATION
+
+# The client's order decides (RFC 4253 §7.1). curve25519 stands first for dropbear, which sends a
+# guess along and, as the RFC says, counts it wrong when the first names differ; asyncssh does not.
+KEX = ("curve25519-sha256", "curve25519-sha256@libssh.org", "mlkem768x25519-sha256")
+CIPHERS = (
+    "chacha20-poly1305@openssh.com",
+    "aes256-gcm@openssh.com",
+    "aes128-gcm@openssh.com",
+    *("aes256-ctr", "aes192-ctr", "aes128-ctr"),
+)
+MACS = ("hmac-sha2-256-etm@openssh.com", "hmac-sha2-512-etm@openssh.com")
+
+MAX_UNREAD = 16 * 1024 * 1024
+"""Bytes of answers held for a client that does not read. Sessions stop far below."""
+
+MAX_DEFERRED = 4096
+"""Packets held back while keys are exchanged."""
+
+REKEY_TIMEOUT = 30.0
+"""Seconds in which a client must finish a key exchange."""
+
+REKEY_BURST = 100
+"""Key exchanges that a client may ask for at once …"""
+
+REKEY_RATE = 2.0
+"""… and per second in the long run. Each costs us a few milliseconds."""
+
+_OVERRIDDEN = ("_finish_userauth", "_send_kexinit", "validate_public_key", "reload_config")
+
+
+class Owner(Protocol):
+    """What the transport asks of connection.py beside asyncssh's callbacks."""
+
+    def count_try(self, method: str) -> None: ...
+    async def validate_key(self, key_data: bytes, signed: bool, verify: Verify) -> bool: ...
+    def pause_writing(self) -> None: ...
+    def resume_writing(self) -> None: ...
+
+
+Verify = Callable[[asyncssh.SSHKey], bool]
+"""Whether this key has signed the request."""
+
+
+class Transport(asyncssh.SSHServerConnection):
+    """asyncssh's connection, with the limits that it lacks and keys judged by our own rules."""
+
+    _owner: Owner  # type: ignore[assignment]
+
+    def __init__(self, options: asyncssh.SSHServerConnectionOptions) -> None:
+        super().__init__(asyncio.get_running_loop(), options)
+        self._rekeys_left, self._rekeyed = float(REKEY_BURST), time.monotonic()
+        self._rekey_timer: asyncio.TimerHandle | None = None
+
+    def pause_writing(self) -> None:
+        """TCP is full: asyncssh's own handlers do nothing."""
+        self._owner.pause_writing()
+
+    def resume_writing(self) -> None:
+        """TCP takes more."""
+        self._owner.resume_writing()
+
+    def data_received(self, data: bytes, datatype: int | None = None) -> None:
+        """Handle what has come, unless the answers to it pile up."""
+        super().data_received(data, datatype)
+        if self._transport is None:
+            return
+        if self._transport.get_write_buffer_size() > MAX_UNREAD:
+            self.connection_lost(asyncssh.ConnectionLost("the client does not read"))
+        elif len(self._deferred_packets) > MAX_DEFERRED:
+            self._give_up("too many requests during a key exchange")
+
+    def _give_up(self, reason: str) -> None:
+        self._send_disconnect(asyncssh.DISC_PROTOCOL_ERROR, reason, "")
+        self.connection_lost(asyncssh.ProtocolError(reason))
+
+    async def reload_config(self) -> None:
+        """Nothing: asyncssh would read OpenSSH's configuration files at each login."""
+
+    # -- key exchange (RFC 4253 §9) -----------------------------------------------------------
+
+    def _send_kexinit(self) -> None:
+        now = time.monotonic()
+        left = self._rekeys_left + (now - self._rekeyed) * REKEY_RATE
+        self._rekeys_left, self._rekeyed = min(left, REKEY_BURST) - 1, now
+        if self._rekeys_left < 0:
+            raise asyncssh.ProtocolError("too many key exchanges")
+        super()._send_kexinit()
+        if self._rekey_timer is not None:
+            self._rekey_timer.cancel()
+        self._rekey_timer = self._loop.call_later(REKEY_TIMEOUT, self._check_kex)
+
+    def stop_timers(self) -> None:
+        """The connection has ended."""
+        if self._rekey_timer is not None:
+            self._rekey_timer.cancel()
+
+    def _check_kex(self) -> None:
+        if not self._kex_complete:
+            self._give_up("the client did not finish a key exchange")
+
+    # -- authentication (RFC 4252) ------------------------------------------------------------
+
+    async def _finish_userauth(self, begin_auth: bool, method: bytes, packet: SSHPacket) -> None:
+        """The way of every request to log in."""
+        if self._owner is not None:
+            self._owner.count_try(method.decode("ascii", "backslashreplace"))
+        await super()._finish_userauth(begin_auth, method, packet)
+
+    async def validate_public_key(
+        self, username: str, key_data: bytes, msg: bytes, signature: bytes
+    ) -> bool:
+        """Ask for a key, or (with a message) log in by it. See RFC 4252 §7 for what is signed."""
+
+        def verify(key: asyncssh.SSHKey) -> bool:
+            try:
+                algorithm = SSHPacket(signature).get_string().decode("ascii", "replace")
+            except PacketDecodeError:
+                return False
+            return algorithm in SIGNATURES and key.verify(String(self._session_id) + msg, signature)
+
+        return await self._owner.validate_key(key_data, bool(msg), verify)
+
+
+def make_options(
+    config: Config, host_keys: list[asyncssh.SSHKey], make_owner: Callable[[], asyncssh.SSHServer]
+) -> asyncssh.SSHServerConnectionOptions:
+    """asyncssh's settings. Everything that is on by default and not ours to offer is off."""
+    return asyncssh.SSHServerConnectionOptions(
+        server_factory=make_owner,
+        server_host_keys=host_keys,
+        server_version=IDENTIFICATION,
+        login_timeout=0,  # connection.py's, which says so to the client
+        keepalive_interval=config.client_alive_interval,
+        keepalive_count_max=config.client_alive_count_max,
+        kex_algs=KEX,
+        encryption_algs=CIPHERS,
+        mac_algs=MACS,
+        compression_algs=["none"],
+        signature_algs=SIGNATURES,
+        line_editor=False,
+        encoding=None,
+        agent_forwarding=False,
+        x11_forwarding=False,
+        allow_scp=False,
+        gss_host=None,
+        host_based_auth=False,
+        public_key_auth=not config.open_mode,
+        password_auth=not config.open_mode,
+        kbdint_auth=not config.open_mode,
+    )
+
+
+for _name in _OVERRIDDEN:
+    if not hasattr(asyncssh.SSHServerConnection, _name):
+        raise ImportError(f"asyncssh {asyncssh.__version__} is not supported: it has no {_name}")
