@@ -6,15 +6,22 @@ Exit codes: 0 clean stop, 2 usage or configuration, 1 anything else (sysexits ar
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, NoReturn
 
 import click
+import structlog
+from asyncssh.saslprep import SASLPrepError, saslprep
 
-from . import __version__, logs
-from .config import Config, ConfigError, load_config, parse_address
+from . import __version__, logs, pidfile
+from .checks import warnings_of
+from .config import Config, ConfigError, parse_address
+from .daemon import serve
 from .hostkeys import (
     HostKeyError,
     client_names,
@@ -23,7 +30,11 @@ from .hostkeys import (
     load_host_keys,
 )
 from .listen import ListenError
-from .server import Server, serve
+from .load import load_config
+from .passwords import MAX_PASSWORD, make_hash
+from .server import Server
+
+log = structlog.get_logger()
 
 PROBE_TIME = 5.0
 """Seconds that a probed server may take to accept, and again to say who it is."""
@@ -41,7 +52,10 @@ _OPTIONS = [
     click.option("--home", metavar="DIR",
                  help="Where a session starts; {user} is the login name.  [default: the shell user's home]"),
     click.option("--open-to-network", is_flag=True, default=None,
-                 help="Let everybody in, without credentials, from other machines too."),
+                 help="Without accounts: let everybody in from other machines, too."),
+    click.option("--open-to-local-users", is_flag=True, default=None,
+                 help="Without accounts: let the other users of this machine in, too."),
+    click.option("--pid-file", metavar="FILE", help="Where `gosshd reload` finds the server."),
     click.option("--log-format", metavar="text|json", help="What the log on standard error looks like."),
 ]  # fmt: skip
 
@@ -102,15 +116,40 @@ def main(context: click.Context, /, config: str | None, **flags: Any) -> None:
     """
     context.obj = (config, flags)
     if context.invoked_subcommand is None:
-        _serve(_config(config, flags))
+        _serve(config, flags)
 
 
-def _serve(config: Config) -> None:
+def _serve(file: str | None, flags: dict[str, Any]) -> None:
+    config = _config(file, flags)
     logs.configure(config.log_format)
+
+    def ready(server: Server) -> None:
+        _announce(server)
+        for warning in warnings_of(config):
+            log.warning(warning)
+        _hold_pid_file(config, until_the_end)
+
+    with ExitStack() as until_the_end:
+        try:
+            asyncio.run(serve(config, ready, lambda: load_config(file, _given(flags))))
+        except (ListenError, HostKeyError) as exc:
+            _fail(1, str(exc))
+
+
+def _warn(config: Config) -> None:
+    for warning in warnings_of(config):
+        click.echo(f"gosshd: warning: {logs.escape(warning)}", err=True)
+
+
+def _hold_pid_file(config: Config, until_the_end: ExitStack) -> None:
+    """Let `gosshd reload` find us. Where it cannot, that is said, and SIGHUP still does it."""
+    path = pidfile.pid_path(config)
     try:
-        asyncio.run(serve(config, _announce))
-    except (ListenError, HostKeyError) as exc:
-        _fail(1, str(exc))
+        if path is not None:
+            until_the_end.enter_context(pidfile.held(path))
+    except OSError as exc:
+        remedy = f"gosshd reload will not find this server, but kill -HUP {os.getpid()} does it"
+        log.warning("no pid file", file=str(path), reason=exc.strerror, remedy=remedy)
 
 
 def _announce(server: Server) -> None:
@@ -137,9 +176,57 @@ def _with_settings(context: click.Context, /, config: str | None, flags: dict[st
 def check(context: click.Context, /, config: str | None, **flags: Any) -> None:
     """Check the configuration without serving; every problem gets a line."""
     settings = _with_settings(context, config, flags)
+    _warn(settings)
     click.echo(
         f"{config or context.obj[0] or 'configuration'}: good; listens on {', '.join(settings.listen)}"
     )
+
+
+@main.command()
+@_settings
+@click.pass_context
+def reload(context: click.Context, /, config: str | None, **flags: Any) -> None:
+    """Let the running server read its configuration again; sessions go on.
+
+    Checks the configuration first, as it is seen from here.
+    """
+    settings = _with_settings(context, config, flags)
+    _warn(settings)
+    path = pidfile.pid_path(settings)
+    if path is None:
+        _fail(
+            2,
+            "listen: port 0 names no server; name its file with --pid-file FILE, or use kill -HUP PID",
+        )
+    pid = pidfile.holder(path)
+    if pid is None:
+        _fail(1, f"{path}: no server holds this file; is it running, and with this configuration?")
+    try:
+        os.kill(pid, signal.SIGHUP)
+    except PermissionError:
+        _fail(1, f"process {pid}: that server belongs to another user; become that user, or root")
+    click.echo(f"asked process {pid} to reload; its log says what came of it")
+
+
+@main.command()
+def passwd() -> None:
+    """Ask for a password twice and print the line for [accounts.NAME].
+
+    Without a terminal one line of standard input is the password.
+    """
+    if sys.stdin.isatty():
+        password = click.prompt("Password", hide_input=True, confirmation_prompt=True, err=True)
+    else:
+        password = sys.stdin.readline().rstrip("\r\n")
+    try:
+        password = saslprep(password)
+    except SASLPrepError as exc:
+        _fail(2, f"{exc}; no client could send this password")
+    if not password:
+        _fail(2, "an empty password would let everybody in; choose another")
+    if len(password) > MAX_PASSWORD:
+        _fail(2, f"{len(password)} characters are too many; {MAX_PASSWORD} are the most")
+    click.echo(f'password = "{make_hash(password)}"')
 
 
 @main.command("known-hosts")

@@ -46,9 +46,14 @@ def gosshd_once(directory: Path, *args: str | Path, **env: str) -> Result:
     )
 
 
+def besides_the_warning(stderr: str) -> list[str]:
+    """What is on standard error, but for the warning that root's visitors get root's shells."""
+    return [line for line in stderr.splitlines() if "warning: run_as is not set" not in line]
+
+
 def errors(result: Result, code: int) -> list[str]:
     """The errors that it ended with, which are lines of one form and nothing else."""
-    lines = result.stderr.splitlines()
+    lines = besides_the_warning(result.stderr)
     assert lines
     assert all(line.startswith("gosshd: error: ") for line in lines), result.stderr
     assert (result.returncode, result.stdout) == (code, "")
@@ -373,7 +378,7 @@ def test_flags_override_the_environment_and_both_the_file(tmp_path: Path) -> Non
         result = gosshd_once(
             tmp_path, "check", "--config", "file.toml", "--home", "/", *args, **env
         )
-        assert (result.returncode, result.stderr) == (0, "")
+        assert (result.returncode, besides_the_warning(result.stderr)) == (0, [])
         return result.stdout.rpartition(" ")[2]
 
     assert listens_on() == "127.0.0.1:1001\n"
@@ -488,7 +493,7 @@ def test_keys_lists_what_ssh_keygen_says(tmp_path: Path) -> None:
 def test_check_validates_and_touches_nothing(tmp_path: Path) -> None:
     (tmp_path / "good.toml").write_text('listen = ["127.0.0.1:0"]\nhostkeys = "keys"\n')
     result = gosshd_once(tmp_path, "check", "--config", "good.toml")
-    assert (result.returncode, result.stderr) == (0, "")
+    assert (result.returncode, besides_the_warning(result.stderr)) == (0, [])
     assert result.stdout.startswith("good.toml: good; ")
     assert [path.name for path in tmp_path.iterdir()] == ["good.toml"]
 
@@ -496,7 +501,7 @@ def test_check_validates_and_touches_nothing(tmp_path: Path) -> None:
 def test_probe_knows_a_server(start: Start, tmp_path: Path) -> None:
     it = start("--listen", "127.0.0.1:0").wait_until_ready()
     result = gosshd_once(tmp_path, "probe", f"localhost:{it.port}")
-    assert (result.returncode, result.stderr) == (0, "")
+    assert (result.returncode, besides_the_warning(result.stderr)) == (0, [])
     assert re.fullmatch(r"SSH-2\.0-\S+\n", result.stdout)
     it.stop()
     (line,) = errors(gosshd_once(tmp_path, "probe", f"127.0.0.1:{it.port}"), 1)
