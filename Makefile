@@ -1,4 +1,4 @@
-# make run · make test · make lint · make soak · make test-container
+# make run · make test · make lint · make soak · make fuzz · make test-container
 PYTHON ?= python3
 VENV := .venv
 
@@ -14,7 +14,7 @@ $(VENV)/.dev: $(VENV)/.installed
 	@$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
-.PHONY: run test lint soak test-container clean
+.PHONY: run test lint soak fuzz test-container clean
 run: $(VENV)/.installed
 	@exec $(VENV)/bin/gosshd $(ARGS)
 
@@ -28,6 +28,9 @@ lint: $(VENV)/.dev
 
 soak: $(VENV)/.dev
 	GOSSHD_SOAK=1 $(VENV)/bin/pytest -m soak $(ARGS)
+
+fuzz: $(VENV)/.dev
+	$(VENV)/bin/python -m tests.fuzz 60
 
 test-container:
 	bash tests/container.sh

@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gosshd_py.accounts import valid_user_name
 from gosshd_py.lifecycle import ExitStatus, WindowSize
 from gosshd_py.modes import parse_modes, set_modes
+from gosshd_py.names import valid_user_name
 from gosshd_py.requests import env_allowed, parse_size, parse_term
+
+from . import fuzz
 
 uint32 = st.integers(0, 2**32 - 1)
 ACCEPTED = ("TERM", "LANG", "LC_*")
@@ -95,3 +97,9 @@ def test_an_env_name_is_named_or_refused(name: bytes, value: bytes) -> None:
 )
 def test_signals_have_the_rfcs_names_or_a_domain(number: int, name: str) -> None:
     assert ExitStatus(signal=number).signal_name == name
+
+
+@pytest.mark.parametrize("target", fuzz.TARGETS)
+def test_any_input_is_understood_or_refused(target: str) -> None:
+    """A moment of what `make fuzz` does for a minute."""
+    fuzz.run(target, 100)

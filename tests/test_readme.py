@@ -17,8 +17,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from gosshd_py.config import Config
+from gosshd_py.config import AccountSettings, AuthSettings, Config, ConfigError, Rlimits
 from gosshd_py.lifecycle import Cause, diagram
+from gosshd_py.load import load_config
 
 from .serving import ROOT, Served, wait_for
 
@@ -39,24 +40,30 @@ def test_every_cause_is_told() -> None:
         assert f"`{cause}`" in README
 
 
-def settings_table() -> list[str]:
-    """The rows that the README must have, from the docstrings of Config's fields."""
+def settings_table(record: type[msgspec.Struct]) -> list[str]:
+    """The rows that the README must have, from the docstrings of the record's fields."""
     source = (ROOT / "gosshd_py" / "config.py").read_text()
+    source = source[source.index(f"class {record.__name__}(") :].split("\nclass ")[0]
     rows = []
-    for field in msgspec.structs.fields(Config):
-        text = re.search(
-            rf'^    {field.name}: .*?\n    """(.*?)"""', source, re.MULTILINE | re.DOTALL
-        )
+    for field in msgspec.structs.fields(record):
+        pattern = rf'^    {field.name}: [^\n]*\n    """(.*?)"""'
+        text = re.search(pattern, source, re.MULTILINE | re.DOTALL)
+        if text is None and record is AccountSettings:
+            continue  # as at the top level
         assert text, field.name
         default = field.default
-        shown = ", ".join(default) if isinstance(default, tuple) else str(default).lower() or "–"
-        rows.append(f"| `{field.name}` | {shown} | {' '.join(text[1].split())} |")
+        if isinstance(default, tuple):
+            shown = ", ".join(default) or "–"
+        else:
+            plain = isinstance(default, str | int | float)
+            shown = str(default).lower() or "–" if plain else "–"
+        rows.append(f"| `{field.encode_name}` | {shown} | {' '.join(text[1].split())} |")
     return rows
 
 
-def test_the_settings_are_the_configs() -> None:
-    rows = [line for line in README.splitlines() if line.startswith("| `")]
-    assert rows == settings_table()
+@pytest.mark.parametrize("record", [Config, AccountSettings, AuthSettings, Rlimits])
+def test_the_settings_are_the_configs(record: type[msgspec.Struct]) -> None:
+    assert "\n" + "\n".join(settings_table(record)) + "\n\n" in README
 
 
 def test_the_links_lead_somewhere() -> None:
@@ -148,6 +155,34 @@ def command_check(clone: Path, server: Served) -> None:
     assert "good" in gosshd(clone, "gosshd check --config lab.toml").stdout
 
 
+def command_passwd(clone: Path, server: Served) -> None:
+    made = gosshd(clone, "echo secret | gosshd passwd")
+    assert made.stdout.startswith('password = "$argon2id$')
+
+
+def command_reload(clone: Path, server: Served) -> None:
+    """A server with that configuration, asked as the README says."""
+    link_environment(clone)
+    port = free_port()
+    (clone / "lab.toml").write_text(f'listen = ["127.0.0.1:{port}"]\npid_file = "{clone}/pid"\n')
+    argv = [sys.executable, "-m", "gosshd_py", "--config", "lab.toml"]
+    run = subprocess.Popen(argv, cwd=clone, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    try:
+        assert run.stdout.readline().startswith("listening on ")
+        wait_for("its pid file", (clone / "pid").exists)
+        env = {**os.environ, "PATH": f"{clone}/.venv/bin:{os.environ['PATH']}"}
+        asked = subprocess.run(
+            ["gosshd", "reload", "--config", "lab.toml"],
+            cwd=clone, env=env, capture_output=True, text=True, check=True, timeout=20,
+        )  # fmt: skip
+        assert asked.stdout.startswith(f"asked process {run.pid} to reload")
+        while "reloaded" not in (line := run.stderr.readline()):
+            assert line
+    finally:
+        run.terminate()
+        run.communicate(timeout=10)
+
+
 def command_known_hosts(clone: Path, server: Served) -> None:
     assert gosshd(clone, "gosshd known-hosts >> ~/.ssh/known_hosts").returncode == 0
     assert (
@@ -166,7 +201,7 @@ def command_probe(clone: Path, server: Served) -> None:
 
 def target_of_the_makefile(clone: Path, server: Served) -> None:
     """Running the tests inside the tests would not end; that the target is there is what is asked."""
-    for target in ("test", "lint", "soak", "test-container"):
+    for target in ("test", "lint", "soak", "fuzz", "test-container"):
         plan = subprocess.run(
             ["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True
         )
@@ -186,6 +221,8 @@ RUNNERS: dict[str, Callable[[Path, Served], None]] = {
     "ssh anyuser@localhost -p 2222": commands_of_a_newcomer,
     "gosshd check --config lab.toml": command_check,
     "gosshd known-hosts >> ~/.ssh/known_hosts": command_known_hosts,
+    "gosshd passwd": command_passwd,
+    "gosshd reload --config lab.toml": command_reload,
     "gosshd keys": command_keys,
     "gosshd probe 127.0.0.1:2222": command_probe,
     "pipx install .": in_the_soak,
@@ -194,6 +231,7 @@ RUNNERS: dict[str, Callable[[Path, Served], None]] = {
     "make test": target_of_the_makefile,
     "make lint": target_of_the_makefile,
     "make soak": target_of_the_makefile,
+    "make fuzz": target_of_the_makefile,
     "make test-container": target_of_the_makefile,
 }
 
@@ -230,3 +268,18 @@ def test_installation_as_a_program(command: str, clone: Path, tmp_path: Path) ->
         run.terminate()
         run.communicate(timeout=10)
     wait_for("its end", lambda: run.poll() is not None)
+
+
+@pytest.mark.parametrize("block", re.findall(r"```toml\n(.*?)```", README, re.DOTALL))
+def test_the_examples_are_configurations(block: str, tmp_path: Path) -> None:
+    """But for the users, files and keys that only the reader has."""
+    file = tmp_path / "lab.toml"
+    file.write_text(block)
+    try:
+        load_config(str(file))
+    except ConfigError as exc:
+        mine = ("authorized_keys", "trusted_user_ca_keys", "password", "run_as", "shell", "listen")
+        for problem in exc.problems:
+            assert problem.split(": ")[1].split(".")[-1] in mine, problem
+            assert "unknown key" not in problem
+            assert "expected" not in problem
