@@ -10,11 +10,12 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import asyncssh
 import pexpect
 import pytest
 import structlog
@@ -23,7 +24,8 @@ from hypothesis import strategies as st
 
 from gosshd_py import logs
 
-from .serving import Served, wait_for
+from .keys import Key, hashed
+from .serving import ROOT, Served, run, wait_for
 from .test_cli import Start, environment, start
 
 __all__ = ["start"]
@@ -229,3 +231,86 @@ def test_the_log_at_a_terminal_is_coloured_unless_unwanted(tmp_path: Path, no_co
     terminal.close()
     assert b"shutting down" in terminal.before
     assert (b"\x1b[" in terminal.before) == (not no_color)
+
+
+# -- which events there are, and that clients cannot write them ------------------------------------
+
+HOSTILE = "\x1b[2J\nfake event \u2028\x9b\x7f" + "x" * 65536
+
+
+def documented_fields() -> dict[str, set[str]]:
+    """The table of the README."""
+    readme = (ROOT / "README.md").read_text()
+    section = readme[readme.index("## Log") : readme.index("## Container")]
+    table: dict[str, set[str]] = {}
+    for row in re.findall(r"^\| `(.+?)` \| (.*) \|$", section, re.MULTILINE):
+        fields = set(re.findall(r"`(\w+)`", row[1]))
+        same = table["session started"] if "the same" in row[1] else set()
+        table[row[0]] = fields | same
+    return table
+
+
+def test_hostile_text_everywhere_stays_inside_its_value(
+    serve: Callable[..., Served], tmp_path: Path
+) -> None:
+    """ESC, newlines and 64 KiB in every place where a client may choose; all events are as documented."""
+    key = Key(tmp_path / "keys")
+    keys = tmp_path / "authorized_keys"
+    keys.write_bytes(f"{HOSTILE} {key.public}\n{key.public}\n".encode())
+    accounts = {
+        "alice": {"authorized_keys": [str(keys)], "password": hashed()},
+        "*": {"password": "!"},
+    }
+    server = serve(
+        accounts=accounts, accept_env=["*"], max_sessions=1, home=f"{tmp_path}/x/{{user}}"
+    )
+
+    async def client() -> None:
+        for name in (HOSTILE[:1000], "alice\n", "\x1b]0;x\x07"):
+            with suppress(asyncssh.Error, OSError, ValueError):
+                await server.connect(username=name, password=HOSTILE)
+        conn = await server.connect(
+            username="alice", client_keys=[str(key.file)], client_version="x" * 200
+        )
+        async with conn:
+            process = await conn.create_process(
+                f"true {HOSTILE}", env={"A": HOSTILE}, encoding=None
+            )
+            with suppress(asyncssh.Error):
+                await conn.create_process("one more")
+            await process.wait()
+        async with await server.connect(username="alice", client_keys=[str(key.file)]) as conn:
+            for subsystem in (HOSTILE[:2000],):
+                with suppress(asyncssh.Error):
+                    await conn.create_process(subsystem=subsystem)
+        async with await server.connect(username="alice", client_keys=[str(key.file)]) as conn:
+            with suppress(asyncssh.Error):
+                await conn.create_process("x", term_type="\x1b[31m")
+
+    run(client())
+    with server.paramiko_transport() as transport, suppress(Exception):
+        transport.auth_password("bob", "x" * 20000, fallback=False)
+    with socket.create_connection((server.host, server.port), timeout=5) as sock:
+        sock.sendall(b"SSH-2.0-\x1b[2J\x9b\r\n")
+        sock.shutdown(socket.SHUT_WR)
+        while sock.recv(65536):
+            pass
+    wait_for(
+        "the last line", lambda: "can't decode" in str(server.events("connection closed")[-1:])
+    )
+    text = server.log_file.read_text()
+    assert all(line.isprintable() for line in text.split("\n"))
+    assert "x" * 300 not in text
+    assert "$argon2" not in text
+    known = documented_fields()
+    seen = set()
+    for event in server.log():
+        assert not event["event"].startswith("fake")
+        extra = set(event) - {"event", "level", "timestamp"} - known[event["event"]]
+        assert not extra, (event["event"], extra)
+        seen.add(event["event"])
+    assert seen >= {
+        *("connection opened", "connection closed", "authentication accepted", "limit hit"),
+        *("authentication rejected", "key line not used", "session started", "session over"),
+        *("spawn failed", "request refused"),
+    }
