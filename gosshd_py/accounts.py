@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pwd
 import shutil
+import stat
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
@@ -81,6 +83,8 @@ class Account:
         home = Path(self.home)
         if not self.makes_home or home.exists():
             return
+        if self.run_as is not None:
+            _check_folder(home)
         home.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
         new = Path(tempfile.mkdtemp(prefix=f".{home.name}.", dir=home.parent))
         try:
@@ -95,6 +99,21 @@ class Account:
             if home.is_dir():
                 return  # somebody else's session has made it
             raise
+
+
+def _check_folder(home: Path) -> None:
+    """Raise OSError unless only root can change what stands above the home.
+
+    Root makes files there by name and gives them away: with a link put in their place, anything
+    could be given away.
+    """
+    place = home.parent.resolve()
+    for folder in (place, *place.parents):
+        if folder.exists():
+            found = folder.stat()
+            if found.st_uid != 0 or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                reason = f"{folder} can be changed by others than root, so make the home yourself"
+                raise PermissionError(errno.EPERM, reason)
 
 
 def _give(top: Path, uid: int, gid: int) -> None:

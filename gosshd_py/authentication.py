@@ -27,7 +27,7 @@ from asyncssh.public_key import (
 from .accounts import Account, find_account
 from .authorized_keys import KeyLine, Permissions, read_keys, weakness
 from .config import Config
-from .passwords import Passwords
+from .passwords import LOCKED, Passwords
 
 log = structlog.get_logger()
 
@@ -67,6 +67,7 @@ class Authenticator:
         hashes = [account.password for account in accounts if account.password]
         self.has_passwords = bool(hashes)
         self._passwords = Passwords(hashes)
+        self.password_seconds = self._passwords.seconds
         self._told: dict[str, list[str]] = {}
 
     async def password(self, name: str, password: str, method: str) -> Login:
@@ -76,6 +77,8 @@ class Authenticator:
         right = await self._passwords.match(expected, password)
         if account is None:
             raise RejectedError("no such account")
+        if expected == LOCKED:
+            raise RejectedError("the account is locked")
         if not right:
             raise RejectedError("wrong password" if expected else "the account has no password")
         return Login(account, method)
@@ -129,6 +132,8 @@ def _judge(
     account = find_account(config, name)
     if account is None:
         raise RejectedError("no such account", facts)
+    if account.password == LOCKED:
+        raise RejectedError("the account is locked", facts)
     lines = read.lines(account.authorized_keys, account.key_owners)
     signer = certificate.signing_key if certificate else key
     lines = [line for line in lines if line.cert_authority == bool(certificate)]
@@ -169,7 +174,7 @@ def _decode(key_data: bytes) -> tuple[asyncssh.SSHKey, SSHOpenSSHCertificate | N
             keys = [certificate.key, certificate.signing_key]
         else:
             keys = [decode_ssh_public_key(key_data)]
-    except (asyncssh.KeyImportError, PacketDecodeError, ValueError) as exc:
+    except (asyncssh.KeyImportError, PacketDecodeError, ValueError, OverflowError) as exc:
         raise RejectedError(f"no usable public key: {exc}") from exc
     for key in keys:
         if reason := weakness(key):

@@ -100,7 +100,7 @@ def read_keys(source: str, owners: frozenset[int] | None = None) -> tuple[list[K
             return [], [f"{source}: {reason}"]
     good: list[KeyLine] = []
     bad: list[str] = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         try:
@@ -156,6 +156,9 @@ def _check_owners(path: Path, status: os.stat_result, owners: frozenset[int]) ->
 
 def parse_line(line: str) -> KeyLine:
     """Parse `[options] type base64 [comment]`. Raises ValueError that says what is wrong."""
+    if not line.replace("\t", " ").isprintable():
+        # Some of them end a line for some programs: what one takes for a comment is a key to others.
+        raise ValueError("there are control characters in it")
     if _KEY.fullmatch(line):
         return KeyLine(_parse_key(line))
     options, rest = _split_options(line)
@@ -350,7 +353,10 @@ def match_source(source: str, patterns: tuple[str, ...]) -> bool:
     def matches(pattern: str) -> bool:
         if "/" in pattern:
             return address in ipaddress.ip_network(pattern)
-        return fnmatchcase(str(address), pattern.lower().replace("[", "[[]"))
+        try:
+            return address == ipaddress.ip_address(pattern)
+        except ValueError:
+            return fnmatchcase(str(address), pattern.lower().replace("[", "[[]"))
 
     if any(matches(pattern[1:]) for pattern in patterns if pattern.startswith("!")):
         return False

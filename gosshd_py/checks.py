@@ -11,7 +11,7 @@ import pwd
 import re
 import resource
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,9 @@ from .authorized_keys import check_source, read_keys
 from .config import (
     EVERYBODY_ELSE,
     AccountSettings,
+    Address,
     Config,
+    ConfigError,
     Rlimits,
     is_loopback,
     parse_address,
@@ -48,7 +50,10 @@ def problems_of(config: Config) -> list[Problem]:
         try:
             ipaddress.ip_network(text)
         except ValueError as exc:
-            found.append((("penalty_exempt",), f"{exc}; write it as 10.0.0.0/8 or ::1"))
+            found.append((("penalty_exempt",), f"{exc}; write a network as 10.0.0.0/8"))
+    if 0 < config.max_penalty < config.min_penalty:
+        problem = f"is less than min_penalty ({config.min_penalty:g}), so nobody is ever refused; raise it"
+        found.append((("max_penalty",), problem))
     for text in config.auth.trusted_user_ca_keys:
         problem = check_source(text, must_exist=True)
         found += [(("auth", "trusted_user_ca_keys"), problem)] if problem else []
@@ -99,6 +104,18 @@ def check_listen(config: Config) -> list[str]:
                 "listen on 127.0.0.1, add accounts, or say --open-to-network if that is what you want"
             )
     return problems
+
+
+def check_reload(old: Config, new: Config, bound: Iterable[Address]) -> None:
+    """Never open by a reload what had accounts, or what others can reach. Raises ConfigError.
+
+    A file that was truncated, or is just being written, has no accounts, either. bound: where the
+    server listens, which a reload does not change.
+    """
+    reachable = any(not is_loopback(address.host) for address in bound)
+    if new.open_mode and (not old.open_mode or (reachable and not new.open_to_network)):
+        problem = "there are none, which would let everybody in; restart the server if you mean it"
+        raise ConfigError([f"accounts: {problem}"])
 
 
 _NUL = "holds a NUL character, which no name can; take it out"

@@ -149,7 +149,9 @@ def _hold_pid_file(config: Config, until_the_end: ExitStack) -> None:
             until_the_end.enter_context(pidfile.held(path))
     except OSError as exc:
         remedy = f"gosshd reload will not find this server, but kill -HUP {os.getpid()} does it"
-        log.warning("no pid file", file=str(path), reason=exc.strerror, remedy=remedy)
+        held = isinstance(exc, BlockingIOError)
+        reason = "another server holds it; set pid_file" if held else exc.strerror
+        log.warning("no pid file", file=str(path), reason=reason, remedy=remedy)
 
 
 def _announce(server: Server) -> None:
@@ -198,9 +200,13 @@ def reload(context: click.Context, /, config: str | None, **flags: Any) -> None:
             2,
             "listen: port 0 names no server; name its file with --pid-file FILE, or use kill -HUP PID",
         )
-    pid = pidfile.holder(path)
+    try:
+        pid = pidfile.holder(path)
+    except OSError as exc:
+        _fail(1, f"{path}: {exc.strerror}; name the server's file with --pid-file FILE")
     if pid is None:
-        _fail(1, f"{path}: no server holds this file; is it running, and with this configuration?")
+        there = "no server holds this file" if path.exists() else "there is no such file"
+        _fail(1, f"{path}: {there}; is the server running, and with this configuration?")
     try:
         os.kill(pid, signal.SIGHUP)
     except PermissionError:

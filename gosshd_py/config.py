@@ -31,8 +31,9 @@ class ConfigError(Exception):
     """What is wrong with the configuration: one line per problem, each with its remedy."""
 
     def __init__(self, problems: list[str]) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = problems
+        # A hash that stands where it should not is nobody's business, either.
+        self.problems = [re.sub(r"\$argon2[^'\"\s]*", "$argon2…", text) for text in problems]
+        super().__init__("\n".join(self.problems))
 
 
 class Address(NamedTuple):
@@ -80,7 +81,7 @@ class AccountSettings(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     password: str = ""
-    """An argon2id hash, made by `gosshd passwd`; "!" locks the account. Empty: no password."""
+    """An argon2id hash, made by `gosshd passwd`; "!" locks the account, for keys too. Empty: no password."""
 
     authorized_keys: tuple[str, ...] = ()
     """Files with lines as in sshd's authorized_keys, and such lines; {user} is the login name."""
@@ -145,7 +146,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     """Message of the day, shown on the terminal before a shell starts."""
 
     accept_env: tuple[str, ...] = ("TERM", "LANG", "LC_*")
-    """Names and patterns of the environment variables that a client or a key's line may set."""
+    """Names and patterns of the environment variables that a client may set; never HOME, USER, LOGNAME, SHELL, SSH_*."""
+
+    permit_user_environment: tuple[str, ...] = ()
+    """More names and patterns, for environment= in the lines of keys."""
 
     login_grace_time: SecondsOrOff = 20.0
     """Seconds in which a client must have logged in."""
@@ -163,7 +167,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds of refusal that a failed login adds for its source."""
 
     grace_exceeded_penalty: SecondsOrOff = 10.0
-    """Seconds of refusal that a connection adds which did not log in in time."""
+    """Seconds of refusal that a connection adds which did not log in in time (not in open mode)."""
 
     min_penalty: SecondsOrOff = 15.0
     """Seconds that must have been added up before a source is refused."""
@@ -175,7 +179,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     """Addresses and networks that get no penalties, such as 10.0.0.0/8."""
 
     max_sessions: CountOrOff = 0
-    """Sessions that one account may have at a time; 0: as many as fit below."""
+    """Sessions that one account (in open mode: one name) may have at a time; 0: as many as fit below."""
 
     connection_max_sessions: CountOrOff = 64
     """Sessions that one connection may have at a time."""
@@ -241,7 +245,9 @@ def parse_address(text: str) -> Address:
     """Take HOST:PORT apart. Raises ValueError that says what is missing."""
     match = re.fullmatch(r"(?:\[([^\[\]\s]+)\]|([^\[\]:\s]+)):([0-9]{1,5})", text)
     if match is None or int(match[3]) > 65535 or not (match[2] or _is_ipv6(match[1])):
-        raise ValueError(f"{show(text)} is not HOST:PORT or [IPV6]:PORT with a port up to 65535")
+        raise ValueError(
+            f"{show(text)} is not HOST:PORT or [IPV6]:PORT with a port up to 65535; try 127.0.0.1:2222"
+        )
     return Address(match[1] or match[2], int(match[3]))
 
 

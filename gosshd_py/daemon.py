@@ -48,19 +48,20 @@ async def serve(
 
 async def _reload(server: Server, hangup: asyncio.Event, reload: Callable[[], Config]) -> None:
     """Take a new configuration at each SIGHUP."""
+    started = server.config
     while True:
         await hangup.wait()
         hangup.clear()
         try:
             config = await asyncio.to_thread(reload)
-            later = [
-                key for key in NEEDS_RESTART if getattr(config, key) != getattr(server.config, key)
-            ]
+            later = [key for key in NEEDS_RESTART if getattr(config, key) != getattr(started, key)]
             await server.use(config)
         except ConfigError as exc:
             for problem in exc.problems:
                 log.error("not reloaded", reason=problem)  # noqa: TRY400  # their mistake, not ours
         except HostKeyError as exc:
             log.error("not reloaded", reason=str(exc))  # noqa: TRY400
+        except Exception:  # the next SIGHUP must still be heard
+            log.exception("not reloaded", reason="internal error")
         else:
             log.info("reloaded", needs_restart=", ".join(later) or None)

@@ -6,8 +6,10 @@ a crash, or a pid that belongs to somebody else by now, mislead nobody.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import stat
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,8 +34,7 @@ def pid_path(config: Config) -> Path | None:
 def held(path: Path) -> Iterator[None]:
     """Write our pid and hold the lock. Raises OSError, BlockingIOError if another server holds it."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-    with os.fdopen(os.open(path, flags, 0o644), "r+") as file:
+    with os.fdopen(_open(path, os.O_RDWR | os.O_CREAT), "r+") as file:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         file.truncate()
         file.write(f"{os.getpid()}\n")
@@ -47,9 +48,24 @@ def held(path: Path) -> Iterator[None]:
 def holder(path: Path) -> int | None:
     """The pid of the server that holds the lock, or None. Raises OSError."""
     try:
-        with path.open("rb") as file:
+        with os.fdopen(_open(path, os.O_RDONLY), "rb") as file:
             ask = struct.pack(_FLOCK, fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)
             kind, *_, pid = struct.unpack(_FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, ask))
     except FileNotFoundError:
         return None
-    return None if kind == fcntl.F_UNLCK else pid
+    # -1: a lock of another kind; 0: of a process that is not to be seen from here.
+    return None if kind == fcntl.F_UNLCK or pid <= 0 else int(pid)
+
+
+def _open(path: Path, flags: int) -> int:
+    """Open the file if nobody but us or root could have put it there. Raises OSError.
+
+    To one who could, we would lend our right to send signals.
+    """
+    flags |= os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    fd = os.open(path, flags, 0o644)
+    found = os.fstat(fd)
+    if not stat.S_ISREG(found.st_mode) or found.st_uid not in (0, os.geteuid()):
+        os.close(fd)
+        raise PermissionError(errno.EPERM, "not a regular file of ours", str(path))
+    return fd

@@ -45,6 +45,10 @@ class Entrance(asyncssh.SSHServer):
         self.login: Login | None = None
         self._name: str | None = None
         self._tries = 0
+        self._asked = False
+        self._not_before = 0.0
+        """When the next password may be examined (monotonic clock)."""
+        self._questions = 0
         self._failed = False
         """Whether a try has failed that has not been penalised."""
         self._timer: asyncio.TimerHandle | None = None
@@ -73,7 +77,7 @@ class Entrance(asyncssh.SSHServer):
         self.limit_time(0)
         self.conn.stop_timers()
         if self.login is None:
-            self._admission.left(self.host)
+            self._admission.gone(self.host)
             if self._failed:
                 self._penalise(self.config.authfail_penalty)
 
@@ -87,9 +91,15 @@ class Entrance(asyncssh.SSHServer):
         self._timer = loop.call_later(seconds, action) if seconds else None
 
     def _grace_over(self) -> None:
-        self._penalise(self.config.grace_exceeded_penalty)
+        if not self.config.open_mode:  # in which there is nothing to guess
+            self._penalise(self.config.grace_exceeded_penalty)
         self.limit_hit("login_grace_time")
         self.disconnect(f"no login within {self.config.login_grace_time:g} s")
+
+    def unused(self) -> None:
+        """No channel has been open for too long."""
+        self.limit_hit("unused_connection_timeout")
+        self.disconnect(f"no channel for {self.config.unused_connection_timeout:g} s")
 
     def disconnect(self, reason: str) -> None:
         """Send SSH_MSG_DISCONNECT and close the connection, whatever is still open on it."""
@@ -101,24 +111,26 @@ class Entrance(asyncssh.SSHServer):
         self._failed = False
 
     def limit_hit(self, limit: str, **facts: object) -> None:
-        """Log that a limit was reached; many of one kind get few lines."""
-        self._admission.throttle.log(
-            logging.WARNING, "limit hit", (limit, self.peer), peer=self.peer, user=self.user,
-            limit=limit, **facts,
-        )  # fmt: skip
+        """Log that a limit was reached."""
+        self.log_seldom(logging.WARNING, "limit hit", limit=limit, **facts)
 
     def request_refused(self, request: str, reason: str) -> None:
-        """Log it, but for many of one kind only once in a while."""
+        """Log it."""
+        self.log_seldom(logging.INFO, "request refused", request=request, reason=reason)
+
+    def log_seldom(self, level: int, event: str, **facts: object) -> None:
+        """Log what a client can cause again and again; many of one kind get few lines."""
+        kind = str(facts.get("limit") or facts.get("request") or "")
         self._admission.throttle.log(
-            logging.INFO, "request refused", (request, self.peer), peer=self.peer, user=self.user,
-            request=request, reason=reason,
-        )  # fmt: skip
+            level, event, (kind, self.peer), peer=self.peer, user=self.user, **facts
+        )
 
     # -- RFC 4252 -----------------------------------------------------------------------------
 
     def count_try(self, method: str) -> None:
         """Count a try, whether it will be answered or not. Asking for the methods by "none" is none."""
-        if method == "none" and self._tries == 0:
+        if method == "none" and not self._asked:
+            self._asked = True
             return
         self._tries += 1
         if 0 < self.config.max_auth_tries < self._tries:
@@ -138,9 +150,16 @@ class Entrance(asyncssh.SSHServer):
             self.login = await self._open_login(username)
         except RejectedError as exc:
             await self._reject("none", exc, 0)
+            self._check_alive()
             self.conn.send_auth_banner(f"gosshd: {exc}\r\n")
             return True  # and there is no other method
+        self._check_alive()
         return False
+
+    def _check_alive(self) -> None:
+        """asyncssh would let in, and keep alive, a connection that has ended while we waited."""
+        if self.conn.is_closed():
+            raise asyncssh.ConnectionLost("while logging in")
 
     async def _open_login(self, name: str) -> Login:
         account = find_account(self.config, name)
@@ -155,7 +174,7 @@ class Entrance(asyncssh.SSHServer):
         """Note who is in."""
         assert self.login is not None  # noqa: S101
         self._failed = False
-        self._admission.left(self.host)
+        self._admission.gone(self.host)
         self.limit_time(0)
         log.info(
             "authentication accepted", peer=self.peer, user=self.user, method=self.login.method,
@@ -199,8 +218,18 @@ class Entrance(asyncssh.SSHServer):
         """RFC 4252 §8."""
         return await self._password(password, "password")
 
+    async def change_password(self, username: str, old_password: str, new_password: str) -> bool:
+        """Never: that is done in the configuration."""
+        wish = RejectedError("passwords are not changed here")
+        return await self._reject("password", wish, PASSWORD_DELAY * self._tries)
+
     async def _password(self, password: str, method: str) -> bool:
-        answer_at = time.monotonic() + PASSWORD_DELAY * self._tries
+        # A client may cancel the answer by its next request, but not the time that it has to wait.
+        now = time.monotonic()
+        wait = max(self._not_before - now, 0)
+        delay = PASSWORD_DELAY * self._tries + 2 * self._authenticator.password_seconds
+        answer_at = self._not_before = now + wait + delay
+        await asyncio.sleep(wait)
         try:
             self.login = await self._authenticator.password(self._name or "", password, method)
         except RejectedError as exc:
@@ -214,10 +243,14 @@ class Entrance(asyncssh.SSHServer):
 
     def get_kbdint_challenge(self, username: str, lang: str, submethods: str) -> KbdIntChallenge:
         """One question, the same for everybody (RFC 4256)."""
+        self._questions = 1
         return "", "", "", [("Password: ", False)]
 
     async def validate_kbdint_response(self, username: str, responses: KbdIntResponse) -> bool:
         """Take the one answer for what the password method would have got."""
+        if self._questions == 0:
+            raise asyncssh.ProtocolError("an answer without a question")
+        self._questions = 0
         try:
             password = saslprep(responses[0]) if len(responses) == 1 else ""
         except SASLPrepError:

@@ -137,9 +137,9 @@ TARGETS: dict[str, tuple[st.SearchStrategy[Any], Callable[[Any], None]]] = {
         text([_key.public, *(_key.line(option) for option in _OPTIONS), _key.line(",".join(_OPTIONS))]),
         key_line,
     ),
-    "public keys and certificates": (
+    "public keys and certificates": (  # the last seed: a modulus below zero
         mutated([decoded_blob(f"{file}") for file in (
-            f"{_key.file}.pub", f"{_key.file}-cert.pub", f"{_rsa.file}.pub")]),
+            f"{_key.file}.pub", f"{_key.file}-cert.pub", f"{_rsa.file}.pub")] + [b"\0\0\0\x07ssh-rsa\0\0\0\x01\x03\0\0\1\0" + b"\xff" * 256]),
         public_key,
     ),
     "from=": (

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import pwd
+import shutil
 import subprocess
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ import paramiko
 import pexpect
 import pytest
 
+from gosshd_py import passwords
+from gosshd_py.authorized_keys import check_source, match_source
 from gosshd_py.local import socket_owner
 
 from .keys import PASSWORD, Key, hashed
@@ -186,6 +190,62 @@ def test_a_damaged_line_hides_no_other(serve: Serve, key: Key, tmp_path: Path) -
     assert len(server.events("key line not used")) == 2 * len(damaged)  # said once
 
 
+@pytest.mark.parametrize("end", ["\x0b", "\x0c", "\x1c", "\x85", "\u2028", "\r"])
+def test_only_a_newline_ends_a_line(serve: Serve, key: Key, tmp_path: Path, end: str) -> None:
+    """What sshd takes for a comment must not be a second key without the first one's options."""
+    other = Key(tmp_path / "keys", "other")
+    keys = tmp_path / "authorized_keys"
+    keys.write_bytes(f"restrict {key.public}{end}{other.public}\n".encode())
+    server = serve(accounts={"alice": {"authorized_keys": [str(keys)]}})
+    assert not accepted(server, other)
+    assert server.events("key line not used")[0]["reason"].endswith("control characters in it")
+    assert check_source(f"{key.public}{end}{other.public}", must_exist=True)
+
+
+def test_an_address_is_excluded_however_it_is_written() -> None:
+    for pattern in ("!2001:db8:0::1", "!2001:0db8::1", "!2001:DB8::1", "!2001:db8::/64"):
+        assert not match_source("2001:db8::1", (pattern, "*"))
+        assert match_source("2001:db8::2", (pattern, "*")) == ("/" not in pattern)
+
+
+def test_a_locked_account_is_locked_for_keys_too(serve: Serve, key: Key, ca: Key) -> None:
+    settings = {"password": "!", "authorized_keys": [key.public]}
+    server = serve(accounts={"alice": settings}, auth={"trusted_user_ca_keys": [ca.public]})
+    assert not accepted(server, key)
+    assert not accepted(server, key.certify(ca))
+    reasons = {event["reason"] for event in server.events("authentication rejected")}
+    assert reasons == {"the account is locked"}
+
+
+def test_variables_that_programs_rely_on_are_ours(serve: Serve, key: Key) -> None:
+    line = key.line('command="env",environment="LAB=1",environment="LD_PRELOAD=/x"')
+    server = serve(
+        accounts={"alice": {"authorized_keys": [line]}},
+        accept_env=["*"], permit_user_environment=["LAB"],
+    )  # fmt: skip
+    forged = dict.fromkeys(
+        (
+            "HOME",
+            "USER",
+            "LOGNAME",
+            "SHELL",
+            "SSH_CLIENT",
+            "SSH_CONNECTION",
+            "SSH_ORIGINAL_COMMAND",
+        ),
+        "forged",
+    )
+    options = ("-o", "SendEnv=*", "-i", str(key.file))
+    known_hosts = ("-o", f"UserKnownHostsFile={server.known_hosts}")
+    variables = {**forged, "FOO": "mine"}
+    result = server.ssh(*options, *known_hosts, "HOST", user="alice", **variables)
+    env = dict(line.split("=", 1) for line in result.stdout.decode().splitlines() if "=" in line)
+    assert env["FOO"] == "mine"
+    assert env["LAB"] == "1"
+    assert "forged" not in env.values()
+    assert "SSH_ORIGINAL_COMMAND" not in env
+
+
 def test_the_files_are_read_at_each_login(serve: Serve, key: Key, tmp_path: Path) -> None:
     keys = tmp_path / "authorized_keys"
     server = serve(accounts={"alice": {"authorized_keys": [str(keys)]}})
@@ -344,6 +404,20 @@ def test_the_stricter_of_line_and_certificate_counts(
     assert not tty()
 
 
+def test_asking_for_a_key_is_no_try_if_the_answer_is_yes(
+    serve: Serve, key: Key, tmp_path: Path
+) -> None:
+    """ssh asks before it signs, so two wrong keys and the right one are three tries, not four."""
+    wrong = [Key(tmp_path / "keys", f"wrong{number}") for number in range(3)]
+    server = serve(accounts={"alice": {"authorized_keys": [key.public]}}, max_auth_tries=3)
+    options = ["-o", "IdentitiesOnly=yes"]
+    for count, in_ in ((2, True), (3, False)):
+        files = [word for other in wrong[:count] for word in ("-i", str(other.file))]
+        result = server.ssh(*options, *files, "-i", str(key.file), "HOST", "true", user="alice")
+        assert (result.returncode == 0) == in_, result
+    assert b"too many failed logins" in result.stderr
+
+
 def test_two_different_forced_commands_refuse(
     serve: Serve, key: Key, ca: Key, tmp_path: Path
 ) -> None:
@@ -393,7 +467,7 @@ def test_a_password_opens_its_account(serve: Serve, method: str) -> None:
     for name in ("bob", "carol"):
         type_password(server, PASSWORD, user=name, method=method).expect("assword: ")
     reasons = [event["reason"] for event in server.events("authentication rejected", method=method)]
-    assert reasons == ["wrong password", "wrong password", "no such account"]
+    assert reasons == ["wrong password", "the account is locked", "no such account"]
     log = server.log_file.read_text()
     assert PASSWORD not in log
     assert "$argon2" not in log
@@ -433,6 +507,24 @@ def test_wrong_names_and_wrong_passwords_take_the_same_time(serve: Serve) -> Non
     best = {name: min(measured) for name, measured in times.items()}
     assert max(best.values()) - min(best.values()) < 0.05, times
     assert min(best.values()) > 0.25
+
+
+def test_a_name_without_a_password_costs_a_hash_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[str] = []
+    real = passwords._verify
+
+    def compare(text: str, given: str) -> bool:
+        compared.append(text)
+        return real(text, given)
+
+    monkeypatch.setattr(passwords, "_verify", compare)
+    them = passwords.Passwords([hashed(), "!"])
+    for expected in ("", "!", hashed()):
+        assert not run(them.match(expected, "wrong"))
+    assert not run(them.match(hashed(), "x" * 5000))
+    assert len(compared) == 4
+    assert all(text.startswith("$argon2id$v=19$m=1024,t=1,p=1$") for text in compared)
+    assert run(them.match(hashed(), PASSWORD))
 
 
 def test_hashing_does_not_stop_the_loop(serve: Serve) -> None:
@@ -582,24 +674,56 @@ def test_an_account_says_what_its_sessions_are(serve: Serve, key: Key, tmp_path:
         assert b"Welcome" not in login(server, key, user=name).stdout
 
 
-def test_a_home_is_made_at_the_first_login(serve: Serve, key: Key, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"home": f"{tmp_path}/homes/{{user}}"}
+@pytest.fixture
+def homes(tmp_path: Path) -> Iterator[Path]:
+    """Where homes are made: for root, below folders that only root can change."""
+    if os.geteuid() != 0:
+        yield tmp_path / "homes"
+        return
+    folder = Path(tempfile.mkdtemp(prefix="gosshd-test-", dir="/srv"))
+    folder.chmod(0o755)
+    yield folder / "homes"
+    shutil.rmtree(folder)
+
+
+def test_a_home_is_made_at_the_first_login(serve: Serve, key: Key, homes: Path) -> None:
+    settings: dict[str, Any] = {"home": f"{homes}/{{user}}"}
     if os.geteuid() == 0:
-        tmp_path.chmod(0o755)
-        tmp_path.parent.chmod(0o755)
-        tmp_path.parent.parent.chmod(0o755)
         settings["run_as"] = "nobody"
     server = serve(accounts={"alice": {"authorized_keys": [key.public]}}, **settings)
-    clients = [subprocess.Popen(server.ssh_argv("-i", str(key.file), "HOST", "pwd; ls -A", user="alice"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for _ in range(4)]  # fmt: skip
+    argv = server.ssh_argv("-i", str(key.file), "HOST", "pwd; ls -A", user="alice")
+    clients = [
+        subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for _ in range(4)
+    ]
     skeleton = "".join(f"{name}\n" for name in sorted(os.listdir("/etc/skel")))
     for client in clients:
         out = client.communicate(timeout=20)[0].decode()
-        assert out == f"{tmp_path}/homes/alice\n{skeleton}"
-    home = tmp_path / "homes" / "alice"
+        assert out == f"{homes}/alice\n{skeleton}"
+    home = homes / "alice"
     assert home.stat().st_mode & 0o7777 == 0o700
     owner = pwd.getpwnam("nobody").pw_uid if os.geteuid() == 0 else os.geteuid()
     assert {path.lstat().st_uid for path in [home, *home.rglob("*")]} == {owner}
-    assert os.listdir(tmp_path / "homes") == ["alice"]  # no half homes
+    assert os.listdir(homes) == ["alice"]  # no half homes
+
+
+@root
+def test_root_makes_no_home_where_others_could_put_a_link(
+    serve: Serve, key: Key, tmp_path: Path, homes: Path
+) -> None:
+    """Else a visitor could have anything given to himself (run_as) while root works by names."""
+    theirs = homes.parent / "theirs"
+    theirs.mkdir()
+    shutil.chown(theirs, "nobody")
+    (homes.parent / "link").symlink_to(tmp_path)
+    for place in (theirs, theirs / "deeper", tmp_path, homes.parent / "link"):
+        server = serve(
+            accounts={"alice": {"authorized_keys": [key.public]}},
+            home=f"{place}/{{user}}", run_as="nobody",
+        )  # fmt: skip
+        assert b"starting in /" in login(server, key, "pwd").stderr
+        (event,) = server.events("home not made")
+        assert "can be changed by others than root, so make the home yourself" in event["reason"]
+        assert not (place / "alice").exists()
 
 
 @root

@@ -80,7 +80,8 @@ class Gosshd(Served):
             self.process = subprocess.Popen(
                 [*before, *GOSSHD, *args],
                 cwd=directory,
-                env=environment(directory, **env),
+                # Nobody's .bashrc belongs to a test.
+                env=environment(directory, **{"GOSSHD_HOME": "/tmp", **env}),
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=log,

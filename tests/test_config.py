@@ -50,6 +50,7 @@ def test_a_file_may_set_everything(tmp_path: Path) -> None:
         run_as = ""
         home = "/home/{user}/x"
         accept_env = ["FOO", "BAR_*"]
+        permit_user_environment = ["BAZ"]
         open_to_network = true
         client_alive_interval = 0
         client_alive_count_max = 1
@@ -182,7 +183,10 @@ def test_the_home_template_holds_the_login_name(tmp_path: Path) -> None:
             "\n[accounts.al]\npasword = ''\npassword = '!'",
             "3: accounts.al.pasword: unknown key; did",
         ),
-        ("[accounts.\"*\"]\npassword = 'secret'", '2: accounts."*".password: is no argon2id hash;'),
+        (
+            "[accounts.\"*\"]\npassword = 'secret'",
+            '2: accounts."*".password: is not an argon2id hash;',
+        ),
         ("accounts.al.password = 123456", "1: accounts.al.password: expected a string"),
         (
             f"accounts.al.password = '$argon2i$v=19$m=64,t=1,p=1${SALT}'",
@@ -190,7 +194,7 @@ def test_the_home_template_holds_the_login_name(tmp_path: Path) -> None:
         ),
         (
             f"accounts.al.password = '$argon2id$v=19$m=9999999,t=1,p=1${SALT}'",
-            "1: accounts.al.password: would",
+            "1: accounts.al.password: asks for more",
         ),
         ("accounts.al.authorized_keys = ['']", "1: accounts.al.authorized_keys: holds an empty"),
         (

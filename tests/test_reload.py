@@ -13,6 +13,7 @@ import pexpect
 import pytest
 
 from gosshd_py.passwords import _verify
+from gosshd_py.pidfile import holder
 
 from .keys import Key
 from .serving import wait_for
@@ -54,12 +55,14 @@ def test_a_reload_changes_who_may_enter_and_keeps_who_is_in(
     argv = it.ssh_argv("-i", str(key.file), "HOST", "umask; read x; umask; echo $x", user="alice")
     inside = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert inside.stdout.readline() == b"0027\n"
-    config.write_text('umask = "077"\n' + account("bob", key))
+    config.write_text('umask = "077"\naccept_env = ["NEW"]\n' + account("bob", key))
     assert not enters(it, key, "bob")
     hangup(it)
     assert enters(it, key, "bob")
     assert not enters(it, key, "alice")
     assert it.ssh("-i", str(key.file), "HOST", "umask", user="bob").stdout == b"0077\n"
+    options = ("-i", str(key.file), "-o", "SendEnv=NEW")
+    assert it.ssh(*options, "HOST", "echo $NEW", user="bob", NEW="rules").stdout == b"rules\n"
     out, _ = inside.communicate(b"still in\n", timeout=10)
     assert out == b"0027\nstill in\n"
     assert it.stop() == 0
@@ -115,13 +118,88 @@ def test_a_reload_never_opens_what_has_accounts_by_losing_them(
     assert not enters(it, key, "bob")
 
 
+def test_a_reload_never_lets_everybody_in(start: Start, key: Key, tmp_path: Path) -> None:
+    """Not even where open mode is allowed: a truncated file has no accounts, either."""
+    config = tmp_path / "lab.toml"
+    config.write_text(account("alice", key))
+    flags = ("--listen", "127.0.0.1:0", "--open-to-network")
+    it = start("--config", config, *flags).wait_until_ready()
+    config.write_text("")
+    hangup(it)
+    assert "there are none, which would let everybody in" in it.log_file.read_text()
+    assert not enters(it, key, "bob")
+    assert enters(it, key, "alice")
+
+
+def test_listeners_that_stay_open_count_at_a_reload(start: Start, tmp_path: Path) -> None:
+    config = tmp_path / "lab.toml"
+    config.write_text('listen = ["0.0.0.0:0"]\nopen_to_network = true\n')
+    it = start("--config", config).wait_until_ready()
+    config.write_text('listen = ["127.0.0.1:0"]\n')
+    hangup(it)
+    assert "not reloaded" in it.log_file.read_text()
+
+
+def test_an_error_of_ours_does_not_deafen_the_server(
+    start: Start, key: Key, tmp_path: Path
+) -> None:
+    config = tmp_path / "lab.toml"
+    config.write_text(account("alice", key))
+    it = start("--config", config, "--listen", "127.0.0.1:0").wait_until_ready()
+    for hash_ in (
+        "$argon2id$v=19$m=8,t=1,p=1$c29tZXNhbHQ$",
+        "$argon2id$v=19$m=-5,t=1,p=1$c29tZXNhbHQ$aGFzaGhhc2hoYXNoaGFzaA",
+        "$argon2id$v=19$m=8,t=4000000000,p=1$c29tZXNhbHQ$aGFzaGhhc2hoYXNoaGFzaA",
+        "$argon2id$v=19$m=8,t=1,p=1$c29tZXNhbHQxx$aGFzaGhhc2hoYXNoaGFzaA",
+    ):
+        config.write_text(f'[accounts.alice]\npassword = "{hash_}"\n')
+        assert gosshd_once(tmp_path, "check", "--config", config).returncode == 2
+        hangup(it)
+        assert hash_ not in it.log_file.read_text()
+    config.write_text(account("bob", key))
+    hangup(it)
+    assert enters(it, key, "bob")
+    assert not enters(it, key, "alice")
+
+
+def test_a_hash_in_the_wrong_place_is_not_shown(tmp_path: Path) -> None:
+    from .keys import hashed
+
+    config = tmp_path / "lab.toml"
+    for text in ('accounts = {alice = "H"}', 'authorized_keys = "H"', '"H" = 1', '[accounts.alice]\nauthorized_keys = ["H"]', '[accounts."H"]\npassword = "!"'):  # fmt: skip
+        config.write_text(text.replace("H", hashed()))
+        result = gosshd_once(tmp_path, "check", "--config", config)
+        assert result.returncode == 2
+        assert hashed()[12:40] not in result.stderr
+
+
+def test_a_pid_file_of_somebody_else_is_not_believed(tmp_path: Path) -> None:
+    """Root's reload must not send a signal where a visitor's file and lock point to."""
+    import fcntl
+    import struct
+
+    path = tmp_path / "pid"
+    os.mkfifo(path)
+    (line,) = errors(gosshd_once(tmp_path, "reload", "--pid-file", path), 1)
+    assert "not a regular file of ours" in line
+    path.unlink()
+    with path.open("w") as file:  # F_OFD_SETLK: the holder of such a lock is told as -1
+        fcntl.fcntl(file, 37, struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+        assert holder(path) is None
+    if os.geteuid() == 0:
+        os.chown(path, 65534, 65534)
+        with pytest.raises(PermissionError):
+            holder(path)
+
+
 def test_what_needs_a_restart_is_named(start: Start, tmp_path: Path) -> None:
     config = tmp_path / "lab.toml"
     config.write_text('listen = ["127.0.0.1:0"]\n')
     it = start("--config", config).wait_until_ready()
     config.write_text('listen = ["127.0.0.2:0"]\nmotd = "new"\n')
     hangup(it)
-    assert "needs_restart=listen" in it.log_file.read_text()
+    hangup(it)  # and again as long as it is so
+    assert it.log_file.read_text().count("needs_restart=listen") == 2
     assert it.ssh("true").returncode == 0
 
 
@@ -142,7 +220,7 @@ def test_gosshd_reload_finds_the_server_by_its_configuration(start: Start, tmp_p
     (line,) = errors(gosshd_once(tmp_path, "reload", "--config", config), 1)
     assert (
         line
-        == f"{pid_file}: no server holds this file; is it running, and with this configuration?"
+        == f"{pid_file}: there is no such file; is the server running, and with this configuration?"
     )
     it = start("--config", config).wait_until_ready()
     wait_for("its pid", lambda: pid_file.exists() and pid_file.read_text())
