@@ -78,6 +78,7 @@ class Host(Protocol):
     def limit_hit(self, limit: str, **facts: object) -> None: ...
     def request_refused(self, request: str, reason: str) -> None: ...
     def channel_closed(self, channel: Channel) -> None: ...
+    def channel_done(self, channel: Channel) -> None: ...
 
 
 # -- the wire: what asyncssh's public callbacks cannot see or refuse ---------------------------
@@ -334,7 +335,7 @@ class Channel(asyncssh.SSHServerSession[bytes]):
                 async with self.host.turn:
                     await asyncio.sleep(0)
                     if self.ended.done():
-                        self.wire.close()
+                        self._give_up()
                         return
                     request = Start(kind, command, self._env, self._terminal)
                     self._program = self.host.start(self, request)
@@ -347,7 +348,12 @@ class Channel(asyncssh.SSHServerSession[bytes]):
         try:
             self.wire.answer(accepted=False)
         finally:
-            self.wire.close()  # nothing can follow on this channel
+            self._give_up()
+
+    def _give_up(self) -> None:
+        """Nothing can follow on this channel; close() would wait for a full window."""
+        self.wire.abort()
+        self.host.channel_done(self)
 
     def _refuse(self, request: str, reason: str) -> bool:
         self.host.request_refused(request, reason)
@@ -373,7 +379,7 @@ class Channel(asyncssh.SSHServerSession[bytes]):
     def _no_request(self, seconds: float) -> None:
         self.host.limit_hit("request_timeout")
         self.notice(f"gosshd: no program was asked for within {seconds:g} s")
-        self.wire.close()
+        self._give_up()
 
     def _stop_timer(self) -> None:
         if self._timer is not None:

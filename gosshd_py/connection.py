@@ -14,10 +14,10 @@ from asyncssh.packet import PacketDecodeError
 
 from .authentication import Authenticator, Login
 from .channel import Channel, SessionChannel
-from .command import command_of
+from .command import command_of, greeting_of, prepare_home
 from .config import Config
 from .lifecycle import Cause, SpawnError, Start
-from .limits import Admission, SessionCounts
+from .limits import Admission, SessionCounts, Sessions
 from .pipes import PipeProgram
 from .pty import PtyProgram
 from .session import Program
@@ -35,6 +35,8 @@ class Shared:
     admission: Admission = field(default_factory=Admission)
     counts: SessionCounts = field(default_factory=SessionCounts)
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    stopping: str = ""
+    """Why nothing starts any more."""
 
 
 class Connection(Entrance):
@@ -49,7 +51,6 @@ class Connection(Entrance):
         self.transport_open = asyncio.Event()
         self.transport_open.set()
         self._began = time.monotonic()
-        self._channels: set[Channel] = set()
         self.sessions = 0
 
     def connection_made(self, conn: asyncssh.SSHServerConnection) -> None:
@@ -90,35 +91,39 @@ class Connection(Entrance):
     def session_requested(self) -> tuple[SessionChannel, Channel]:
         """A session channel (RFC 4254 §6.1). Every other kind is refused by asyncssh's defaults."""
         account = self._permitted.account
-        limit, words = self._shared.counts.refuse(
-            self.config, account.name, account.max_sessions, len(self._channels)
+        if self._shared.stopping:
+            raise asyncssh.ChannelOpenError(asyncssh.OPEN_CONNECT_FAILED, self._shared.stopping)
+        limit, words = self._shared.counts.reason_to_refuse(
+            self.config, account.name, account.max_sessions, self._places.here
         )
         if limit:
             self.limit_hit(limit)
             raise asyncssh.ChannelOpenError(asyncssh.OPEN_RESOURCE_SHORTAGE, words)
         channel = Channel(self)
         channel.wire = SessionChannel(self.conn, channel)
-        self._channels.add(channel)
-        self._shared.counts.opened(account.name)
+        self._places.opened(channel)
         self.limit_time(0)
         return channel.wire, channel
 
     def channel_closed(self, channel: Channel) -> None:
-        """Make room for another one."""
-        if channel in self._channels:
-            self._channels.remove(channel)
-            self._shared.counts.closed(self._permitted.account.name)
-            if not self._channels and not self.conn.is_closed():
-                self.limit_time(self.config.unused_connection_timeout, self._unused)
+        """The client's CLOSE has come, or the connection has ended."""
+        self._places.closed(channel)
+        self._wait_for_channels()
 
-    def _unused(self) -> None:
-        self.limit_hit("unused_connection_timeout")
-        self.disconnect(f"no channel for {self.config.unused_connection_timeout:g} s")
+    def channel_done(self, channel: Channel) -> None:
+        """Its program has ended, or there will be none."""
+        self._places.ended(channel)
+        self._wait_for_channels()
+
+    def _wait_for_channels(self) -> None:
+        if not self._places.used and not self.conn.is_closed():
+            self.limit_time(self.config.unused_connection_timeout, self.unused)
 
     def auth_completed(self) -> None:
         """Wait for the first channel."""
         super().auth_completed()
-        self.limit_time(self.config.unused_connection_timeout, self._unused)
+        self._places = Sessions(self._shared.counts, self._permitted.account.name)
+        self._wait_for_channels()
 
     @property
     def _permitted(self) -> Login:
@@ -132,35 +137,34 @@ class Connection(Entrance):
 
     async def prepare(self) -> None:
         """What is done before a program starts and may take its time."""
-        account = self._permitted.account
-        try:
-            if account.makes_home:
-                await asyncio.to_thread(account.make_home)
-        except OSError as exc:  # the session starts in / and says so
-            log.warning("home not made", user=account.name, home=account.home, reason=exc.strerror)
+        await prepare_home(self._permitted.account)
 
     def start(self, channel: Channel, request: Start) -> PtyProgram | PipeProgram:
         """Start what the client asks for. Raises SpawnError with words for the client."""
         try:
+            if self._shared.stopping:
+                raise SpawnError(self._shared.stopping)
             program = self._spawn(request)
         except SpawnError as exc:
-            log.warning(str(Cause.SPAWN_FAILED), peer=self.peer, kind=request.kind, reason=str(exc))
+            self.log_seldom(
+                logging.WARNING, str(Cause.SPAWN_FAILED), kind=request.kind, reason=str(exc)
+            )
             raise
         self.sessions += 1
+        self._places.started(channel)
         self._shared.run(self, channel, request, program)
         return program
 
     def greeting(self, request: Start) -> str:
         """The message of the day, for a shell on a terminal."""
-        login = self._permitted
-        shell = request.kind == "shell" and login.permissions.command is None
-        return login.account.motd if shell and request.terminal else ""
+        return greeting_of(self._permitted, request)
 
     def _spawn(self, request: Start) -> PtyProgram | PipeProgram:
         if request.kind == "subsystem" and self._permitted.permissions.command is None:
             name = request.command.decode("utf-8", "backslashreplace")
             raise SpawnError(f"there is no subsystem {name!r} on this server")
-        command = command_of(self._permitted, request, self.ends, self.accept_env)
+        permitted = (*self.config.accept_env, *self.config.permit_user_environment)
+        command = command_of(self._permitted, request, self.ends, permitted)
         grace = self.config.hangup_grace
         if request.terminal is not None:
             return PtyProgram.spawn(command, request.terminal, grace)

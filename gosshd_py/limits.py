@@ -33,6 +33,9 @@ REPEAT = 10.0
 
 MAX_KINDS = 4096
 
+MAX_LINES = 50
+"""Lines of one event in REPEAT seconds, whoever causes them: sources are cheap in IPv6."""
+
 
 def source_of(host: str) -> str:
     """Whom to count an address for: itself, or its /64, which is what one IPv6 customer has."""
@@ -49,18 +52,29 @@ class Throttle:
 
     def __init__(self) -> None:
         self._seen: dict[tuple[str, ...], tuple[float, int]] = {}
+        self._lines: dict[str, tuple[float, int]] = {}
+        """Since when how many lines of an event were written."""
 
     def log(self, level: int, event: str, key: tuple[str, ...], **facts: object) -> None:
         """Log it, or count it for the next line."""
         now = time.monotonic()
         since, held_back = self._seen.get((event, *key), (now - REPEAT, 0))
-        if now - since < REPEAT:
+        lines = self._lines.get(event, (now, 0))
+        if now - lines[0] >= REPEAT:
+            lines = (now, 0)
+        if now - since < REPEAT or lines[1] >= MAX_LINES:
             self._seen[event, *key] = (since, held_back + 1)
+            self._bound()
             return
-        if len(self._seen) >= MAX_KINDS:
-            self._seen.clear()
+        self._lines[event] = (lines[0], lines[1] + 1)
+        self._seen.pop((event, *key), None)  # to its place among the latest
         self._seen[event, *key] = (now, 0)
+        self._bound()
         log.log(level, event, **facts, **({"held_back": held_back} if held_back else {}))
+
+    def _bound(self) -> None:
+        if len(self._seen) > MAX_KINDS:
+            del self._seen[next(iter(self._seen))]
 
 
 class Penalties:
@@ -83,8 +97,10 @@ class Penalties:
             del self._sources[next(iter(self._sources))]
         self._sources[source] = (until, active or until - now >= config.min_penalty)
 
-    def left(self, source: str) -> float:
+    def seconds_left(self, config: Config, source: str) -> float:
         """Seconds for which the source is refused; 0 if it may come in."""
+        if config.max_penalty == 0 or _exempt(source, config.penalty_exempt):
+            return 0.0  # by a reload, perhaps just for this source
         until, active = self._sources.get(source, (0.0, False))
         left = until - time.monotonic()
         if left <= 0:
@@ -113,7 +129,7 @@ class Admission:
         """Connections that have not logged in."""
         return self._waiting.total()
 
-    def refuse(self, config: Config, host: str) -> str:
+    def reason_to_refuse(self, config: Config, host: str) -> str:
         """Why a new connection from an address is refused, in words for the client; "" if not."""
         source = source_of(host)
         limits = {
@@ -126,9 +142,11 @@ class Admission:
                 "too many connections from your address wait for a login; close some",
             ),
         }
-        if left := self.penalties.left(source):
+        if left := self.penalties.seconds_left(config, source):
             self._refused("penalty", source, seconds=round(left, 1))
-            return f"too many failed logins from your address; try again in {left:.0f} s"
+            return (
+                f"too many failed or unfinished logins from your address; try again in {left:.0f} s"
+            )
         for limit, (count, words) in limits.items():
             most: int = getattr(config, limit)
             if most and count >= most:
@@ -154,7 +172,7 @@ class Admission:
         """Count a connection until it has logged in or gone."""
         self._waiting[source_of(host)] += 1
 
-    def left(self, host: str) -> None:
+    def gone(self, host: str) -> None:
         """The connection has logged in, or gone."""
         source = source_of(host)
         self._waiting[source] -= 1
@@ -168,17 +186,18 @@ class SessionCounts:
     def __init__(self) -> None:
         self._accounts: Counter[str] = Counter()
 
-    def refuse(
+    def reason_to_refuse(
         self, config: Config, account: str, most: int, on_connection: int
     ) -> tuple[str, str]:
         """Which limit one more session would break, and words for the client; "" if none."""
-        for limit, count, allowed, words in (
-            ("connection_max_sessions", on_connection, config.connection_max_sessions, "this connection has"),
-            ("max_sessions", self._accounts[account], most, f"the account {account} has"),
-            ("total_max_sessions", self._accounts.total(), config.total_max_sessions, "the server runs"),
+        close, later = "close one first", "try again later"
+        for limit, count, allowed, words, remedy in (
+            ("connection_max_sessions", on_connection, config.connection_max_sessions, "this connection has", close),
+            ("max_sessions", self._accounts[account], most, f"the account {account} has", close),
+            ("total_max_sessions", self._accounts.total(), config.total_max_sessions, "the server runs", later),
         ):  # fmt: skip
             if allowed and count >= allowed:
-                return limit, f"{words} {count} sessions, which is the limit; close one first"
+                return limit, f"{words} {count} sessions, which is the limit; {remedy}"
         return "", ""
 
     def opened(self, account: str) -> None:
@@ -190,6 +209,58 @@ class SessionCounts:
         self._accounts[account] -= 1
         if not self._accounts[account]:
             del self._accounts[account]
+
+
+class Sessions:
+    """The sessions of one connection, and what of them counts for others.
+
+    A channel takes room from its opening to the end of its program, or until it is given up. A
+    client that never answers our CLOSE keeps it, but takes room only from itself.
+    """
+
+    def __init__(self, counts: SessionCounts, account: str) -> None:
+        self._counts = counts
+        self._account = account
+        self._channels: set[object] = set()
+        self._running: set[object] = set()
+        self._counted: set[object] = set()
+
+    @property
+    def here(self) -> int:
+        """How many there are on this connection."""
+        return len(self._channels | self._running)
+
+    @property
+    def used(self) -> bool:
+        """Whether any of them counts."""
+        return bool(self._counted)
+
+    def opened(self, channel: object) -> None:
+        """A channel was asked for."""
+        self._channels.add(channel)
+        self._counted.add(channel)
+        self._counts.opened(self._account)
+
+    def started(self, channel: object) -> None:
+        """It has a program, which may outlive it for a moment."""
+        self._running.add(channel)
+
+    def closed(self, channel: object) -> None:
+        """The client's CLOSE has come, or the connection has ended."""
+        self._channels.discard(channel)
+        if channel not in self._running:
+            self.done(channel)
+
+    def ended(self, channel: object) -> None:
+        """Its program has."""
+        self._running.discard(channel)
+        self.done(channel)
+
+    def done(self, channel: object) -> None:
+        """It takes no room any more."""
+        if channel in self._counted:
+            self._counted.remove(channel)
+            self._counts.closed(self._account)
 
 
 class Timed(Protocol):

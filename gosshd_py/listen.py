@@ -134,7 +134,8 @@ class Door(asyncio.Protocol):
         else:
             Door.lingering += 1
             transport.write(refusal(answer))
-            transport.write_eof()
+            with suppress(OSError):  # the client has gone
+                transport.write_eof()
             self._timer = asyncio.get_running_loop().call_later(LINGER, transport.abort)
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -12,7 +12,8 @@ import structlog
 
 from .authentication import Authenticator
 from .channel import Channel
-from .checks import check_listen
+from .checks import check_listen, check_reload
+from .command import facts_of
 from .config import Address, Config, ConfigError
 from .connection import Connection, Shared
 from .hostkeys import load_host_keys
@@ -76,9 +77,11 @@ class Server:
     async def use(self, config: Config) -> None:
         """Let new connections live by this configuration, and by the host keys that are there now.
 
-        The old ones, and their sessions, go on by the old one. Raises HostKeyError, and then
-        nothing has changed. The listeners stay as they are.
+        The old ones, and their sessions, go on by the old one. Raises HostKeyError and ConfigError,
+        and then nothing has changed. The listeners stay as they are.
         """
+        if self.addresses:
+            check_reload(self.config, config, self.addresses)
         host_keys = load_host_keys(config.hostkeys_dir)
         # In a thread, since this takes the time of hashing a password.
         authenticator = await asyncio.to_thread(Authenticator, config)
@@ -90,7 +93,9 @@ class Server:
         """Who takes a new connection over, or why nobody does."""
         host: str = transport.get_extra_info("peername")[0]
         words = (
-            SHUTDOWN_NOTICE if self._stopping else self._shared.admission.refuse(self.config, host)
+            SHUTDOWN_NOTICE
+            if self._stopping
+            else self._shared.admission.reason_to_refuse(self.config, host)
         )
         return words or Transport(self._options)
 
@@ -119,21 +124,14 @@ class Server:
         self, connection: Connection, channel: Channel, start: Start, program: Program
     ) -> None:
         config = connection.config
-        size = start.terminal.size if start.terminal else None
-        facts = {
-            "peer": connection.peer,
-            "user": connection.user,
-            "kind": start.kind,
-            "command": start.command.decode("utf-8", "backslashreplace") or None,
-            "pty": start.terminal is not None,
-            "size": f"{size.columns}x{size.rows}" if size else None,
-        }
+        facts = {"peer": connection.peer, "user": connection.user, **facts_of(start)}
         log.info("session started", **facts)
         clock = SessionClock(channel, config, connection.limit_hit)
         try:
             ending = await run_session(channel, program, drain_timeout=config.drain_timeout)
         finally:
             clock.stop()
+            connection.channel_done(channel)
         if ending.error is not None:
             log.error("session failed", peer=connection.peer, exc_info=ending.error)
         log.info(
@@ -157,6 +155,7 @@ class Server:
     async def __aexit__(self, *_: object) -> None:
         """Stop. See the class."""
         self._stopping = True
+        self._shared.stopping = SHUTDOWN_NOTICE
         for listener in self._listeners:
             listener.close()
         for channel in list(self._sessions.values()):

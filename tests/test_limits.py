@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 import struct
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import asyncssh
+import paramiko
 import pexpect
 import pytest
 from hypothesis import given
@@ -148,7 +150,7 @@ def test_the_seventh_try_disconnects_and_its_source_is_refused_for_a_while(serve
     (event,) = server.events("limit hit")
     assert (event["limit"], event["name"]) == ("max_auth_tries", "alice")
     # The time of the tries themselves has been forgiven already, so a few more are needed.
-    penalised = "too many failed logins from your address; try again in"
+    penalised = "too many failed or unfinished logins from your address; try again in"
     wait_for("the penalty", lambda: penalised in guess(server, "wrong"), 20)
     assert guess(server, PASSWORD, source="127.0.0.1") == "in"
     assert server.events("connection refused", limit="penalty")
@@ -164,8 +166,6 @@ def test_abandoned_tries_count_too(serve: Serve) -> None:
     """Requests sent without waiting for the answers: the delay is for nothing, the count is not."""
     server = serve(accounts={"alice": {"password": hashed()}})
     with server.paramiko_transport() as transport:
-        import paramiko
-
         transport.auth_handler = None
         request = paramiko.Message()
         request.add_byte(paramiko.common.cMSG_SERVICE_REQUEST)
@@ -184,18 +184,86 @@ def test_abandoned_tries_count_too(serve: Serve) -> None:
     assert server.events("connection closed")[0]["reason"] == "too many failed logins"
 
 
+def ask(transport: Any, kind: bytes, *fields: str | bool | int) -> None:
+    """Send a message of the authentication protocol, whatever the client's own state is."""
+    message = paramiko.Message()
+    message.add_byte(kind)
+    for field in fields:
+        if isinstance(field, bool):
+            message.add_boolean(field)
+        elif isinstance(field, int):
+            message.add_int(field)
+        else:
+            message.add_string(field)
+    transport._send_message(message)
+
+
+def test_a_second_answer_to_one_question_disconnects(serve: Serve) -> None:
+    """Each answer is a guess, and the next one would cancel the time to wait for the last."""
+    server = serve(accounts={"alice": {"password": hashed()}})
+    with server.paramiko_transport() as transport, suppress(EOFError, OSError):
+        ask(transport, paramiko.common.cMSG_SERVICE_REQUEST, "ssh-userauth")
+        request = ("alice", "ssh-connection", "keyboard-interactive", "", "")
+        ask(transport, paramiko.common.cMSG_USERAUTH_REQUEST, *request)
+        for _ in range(5):
+            time.sleep(0.1)
+            ask(transport, paramiko.common.cMSG_USERAUTH_INFO_RESPONSE, 1, "wrong")
+        wait_for("its end", lambda: not transport.is_active())
+    wait_for("its line", lambda: server.events("connection closed"))
+    assert server.events("connection closed")[0]["reason"] == "an answer without a question"
+    assert len(server.events("authentication rejected")) <= 1
+
+
+def test_who_cancels_the_answer_waits_all_the_same(serve: Serve) -> None:
+    server = serve(accounts={"alice": {"password": hashed()}}, login_grace_time=60)
+    with server.paramiko_transport() as transport:
+        ask(transport, paramiko.common.cMSG_SERVICE_REQUEST, "ssh-userauth")
+        began = time.monotonic()
+        for password in ("wrong", "wrong", "wrong", PASSWORD):
+            request = ("alice", "ssh-connection", "password", False, password)
+            ask(transport, paramiko.common.cMSG_USERAUTH_REQUEST, *request)
+            time.sleep(0.05)  # long enough for a cheap hash, too short for the answer
+        wait_for("the login", lambda: server.events("authentication accepted"))
+        assert time.monotonic() - began > 0.25 * (1 + 2 + 3)
+
+
+def test_a_change_of_the_password_is_refused_as_slowly(serve: Serve) -> None:
+    server = serve(accounts={"alice": {"password": hashed()}})
+    with server.paramiko_transport() as transport:
+        ask(transport, paramiko.common.cMSG_SERVICE_REQUEST, "ssh-userauth")
+        request = ("alice", "ssh-connection", "password", True, PASSWORD, "new")
+        ask(transport, paramiko.common.cMSG_USERAUTH_REQUEST, *request)
+        wait_for("its line", lambda: server.events("authentication rejected"))
+    assert server.events("authentication rejected")[0]["reason"] == "passwords are not changed here"
+
+
+def test_asking_again_and_again_what_there_is_counts(serve: Serve) -> None:
+    server = serve(accounts={"alice": {"password": hashed()}})
+    with server.paramiko_transport() as transport:
+        ask(transport, paramiko.common.cMSG_SERVICE_REQUEST, "ssh-userauth")
+        for _ in range(8):
+            ask(transport, paramiko.common.cMSG_USERAUTH_REQUEST, "alice", "ssh-connection", "none")
+        wait_for("its end", lambda: not transport.is_active())
+    wait_for("its line", lambda: server.events("connection closed"))
+    assert server.events("connection closed")[0]["reason"] == "too many failed logins"
+
+
 def test_a_client_that_does_not_log_in_is_penalised(serve: Serve) -> None:
-    server = serve(login_grace_time=0.2, grace_exceeded_penalty=2, min_penalty=2, max_penalty=9)
+    server = serve(
+        accounts={"alice": {"password": hashed()}},
+        login_grace_time=0.2, grace_exceeded_penalty=2, min_penalty=2, max_penalty=9,
+    )  # fmt: skip
     with connect(server) as sock:
         assert b"no login within 0.2 s" in read_all(sock)
     with connect(server) as sock:
         assert b"try again in 2 s" in read_all(sock)
-    assert server.ssh("true").returncode == 0
+    assert b"Permission denied" in server.ssh("true").stderr  # nobody else is refused
     assert server.events("limit hit")[0]["limit"] == "login_grace_time"
 
 
 def test_exempt_networks_get_no_penalties(serve: Serve) -> None:
     server = serve(
+        accounts={"alice": {"password": hashed()}},
         login_grace_time=0.2, grace_exceeded_penalty=50, min_penalty=1, max_penalty=60,
         penalty_exempt=["127.0.0.2/31", "::/0"],
     )  # fmt: skip
@@ -232,19 +300,21 @@ def test_penalties_add_up_and_are_forgiven(clock: Clock) -> None:
     penalties, config = Penalties(), Config()
     for _ in range(2):
         penalties.add(config, "10.0.0.1", 5)
-    assert penalties.left("10.0.0.1") == 0  # 10 s: not yet enforced
+    assert penalties.seconds_left(config, "10.0.0.1") == 0  # 10 s: not yet enforced
     penalties.add(config, "10.0.0.1", 5)
-    assert penalties.left("10.0.0.1") == 15
+    assert penalties.seconds_left(config, "10.0.0.1") == 15
     clock.now += 10
-    assert penalties.left("10.0.0.1") == 5  # and to its end, though below the minimum now
+    assert (
+        penalties.seconds_left(config, "10.0.0.1") == 5
+    )  # and to its end, though below the minimum now
     clock.now += 6
-    assert penalties.left("10.0.0.1") == 0
+    assert penalties.seconds_left(config, "10.0.0.1") == 0
     penalties.add(config, "10.0.0.1", 5)
-    assert penalties.left("10.0.0.1") == 0  # forgiven means forgotten
+    assert penalties.seconds_left(config, "10.0.0.1") == 0  # forgiven means forgotten
     for _ in range(500):
         penalties.add(config, "10.0.0.1", 5)
-    assert penalties.left("10.0.0.1") == 600
-    assert penalties.left("10.0.0.2") == 0
+    assert penalties.seconds_left(config, "10.0.0.1") == 600
+    assert penalties.seconds_left(config, "10.0.0.2") == 0
 
 
 def test_the_table_of_penalties_is_bounded(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,7 +323,7 @@ def test_the_table_of_penalties_is_bounded(clock: Clock, monkeypatch: pytest.Mon
     for number in range(1000):
         penalties.add(config, f"10.0.{number // 256}.{number % 256}", 20)
     assert len(penalties._sources) == 100
-    assert penalties.left("10.0.3.231") == 20
+    assert penalties.seconds_left(config, "10.0.3.231") == 20
 
 
 @pytest.mark.parametrize(
@@ -274,7 +344,7 @@ def test_every_address_has_a_source_that_can_be_exempt(address: Any) -> None:
     source = source_of(str(address))
     penalties = Penalties()
     penalties.add(Config(penalty_exempt=("0.0.0.0/0", "::/0")), source, 100)
-    assert penalties.left(source) == 0
+    assert penalties.seconds_left(Config(), source) == 0
 
 
 # -- after the login -------------------------------------------------------------------------------
@@ -300,6 +370,107 @@ def test_a_connection_has_64_sessions_and_the_server_1000(serve: Serve) -> None:
     assert limits_hit == {"connection_max_sessions", "total_max_sessions"}
     wait_for("their end", lambda: server.stats()["sessions"] == 0)
     assert server.ssh("true").returncode == 0
+
+
+def test_programs_that_outlive_their_channel_count(serve: Serve) -> None:
+    server = serve(max_sessions=3, connection_max_sessions=0, hangup_grace=2)
+
+    async def close_and_open() -> int:
+        started = 0
+        async with await server.connect() as conn:
+            for _ in range(20):
+                with suppress(asyncssh.ChannelOpenError):
+                    process = await conn.create_process("trap '' HUP TERM; echo in; sleep 100")
+                    assert await process.stdout.readline() == "in\n"
+                    started += 1
+                    process.channel.abort()
+                assert server.stats()["sessions"] <= 3
+        return started
+
+    assert run(close_and_open()) == 3
+
+
+def test_channels_that_a_client_keeps_take_room_only_from_itself(serve: Serve) -> None:
+    """It never answers CLOSE; nor is it kept from being unused."""
+    server = serve(
+        total_max_sessions=4, connection_max_sessions=6, request_timeout=0.3,
+        unused_connection_timeout=1,
+    )  # fmt: skip
+    with server.paramiko() as transport:
+        transport.channels_seen = dict.fromkeys(range(4), True)
+        transport._channel_handler_table = {
+            kind: lambda *_: None for kind in transport._channel_handler_table
+        }
+        for number in range(4):
+            send_channel_message(transport, b"\x5a", "session", number, 0, 2**15)  # no window
+        wait_for("the limit", lambda: server.events("limit hit", limit="request_timeout"))
+        wait_for("room", lambda: server.ssh("echo in").stdout == b"in\n")
+        wait_for("its end", lambda: server.events("limit hit", limit="unused_connection_timeout"))
+
+
+def send_channel_message(transport: Any, kind: bytes, *fields: str | int) -> None:
+    message = paramiko.Message()
+    message.add_byte(kind)
+    for field in fields:
+        message.add_string(field) if isinstance(field, str) else message.add_int(field)
+    transport._send_user_message(message)
+
+
+def test_the_log_tells_of_many_refusals_in_few_lines(serve: Serve) -> None:
+    server = serve(max_startups=1)
+    with connect(server, "127.1.0.1"):
+        wait_for("it", lambda: server.stats()["connections"] == 1)
+        for number in range(300):
+            with suppress(OSError):
+                connect(server, f"127.2.{number // 200}.{number % 200 + 1}").close()
+        wait_for("the last", lambda: len(server.events("connection refused")) >= 50)
+        assert len(server.events("connection refused")) == 50
+
+    wait_for("room", lambda: server.ssh("true").returncode == 0)
+
+    async def ask_for_nothing() -> None:
+        async with await server.connect() as conn:
+            for _ in range(30):
+                with suppress(asyncssh.Error):
+                    await conn.create_process(subsystem="no")
+
+    run(ask_for_nothing())
+    assert len(server.events("spawn failed")) == 1
+
+
+def test_a_reload_frees_who_was_penalised(serve: Serve) -> None:
+    accounts = {"alice": {"password": hashed()}}
+    server = serve(accounts=accounts, login_grace_time=0.2, grace_exceeded_penalty=60, min_penalty=1, max_penalty=60)  # fmt: skip
+    for words in (b"no login within", b"try again in"):
+        with connect(server) as sock:
+            assert words in read_all(sock)
+    for change in ({"max_penalty": 0}, {"penalty_exempt": ["127.0.0.0/8"]}):
+        server.ask("reload " + json.dumps({**server.settings, "login_grace_time": 60, **change}))
+        with connect(server) as sock:
+            assert sock.recv(100).startswith(b"SSH-2.0-gosshd_py\r\n")
+
+
+def test_it_stops_in_time_while_clients_go_on_starting_programs(serve: Serve) -> None:
+    server = serve()
+
+    async def start_for_ever() -> None:
+        async with await server.connect() as conn:
+            while not conn.is_closed():
+                with suppress(asyncssh.ChannelOpenError):
+                    await conn.create_process("trap '' HUP TERM; sleep 100")
+                await asyncio.sleep(0.1)
+
+    async def both() -> float:
+        client = asyncio.create_task(start_for_ever())
+        while server.stats()["sessions"] < 3:
+            await asyncio.sleep(0.05)
+        began = time.monotonic()
+        await asyncio.to_thread(server.stop)
+        with suppress(asyncssh.Error, OSError):
+            await client
+        return time.monotonic() - began
+
+    assert run(both()) < 5
 
 
 def test_a_channel_without_a_request_is_closed(serve: Serve) -> None:
@@ -329,6 +500,23 @@ def test_a_connection_without_channels_is_closed(serve: Serve) -> None:
     assert 0.4 < time.monotonic() - began < 3
     assert b"no channel for 0.5 s" in client.stderr
     assert server.ssh("sleep 1; echo in").stdout == b"in\n"  # that has one
+    assert server.events("limit hit")[0]["limit"] == "unused_connection_timeout"
+
+
+def test_a_connection_whose_channels_have_ended_is_closed(serve: Serve) -> None:
+    server = serve(unused_connection_timeout=0.5)
+
+    async def use() -> None:
+        conn = await server.connect()
+        for _ in range(2):
+            assert (await conn.run("sleep 0.4")).returncode == 0
+        began = time.monotonic()
+        with pytest.raises(asyncssh.Error):
+            await asyncio.wait_for(conn.wait_closed(), 5)
+            raise asyncssh.ConnectionLost("closed")
+        assert 0.4 < time.monotonic() - began < 2
+
+    run(use())
     assert server.events("limit hit")[0]["limit"] == "unused_connection_timeout"
 
 
@@ -475,8 +663,6 @@ def test_a_hundred_thousand_channel_opens(serve: Serve) -> None:
 
     def attack() -> None:
         with server.paramiko() as transport:
-            import paramiko
-
             for number in range(100_000):
                 message = paramiko.Message()
                 message.add_byte(b"\x5a")
@@ -592,8 +778,6 @@ def test_four_billion_answers_to_one_question(serve: Serve) -> None:
     server = serve(accounts={"alice": {"password": hashed()}, "anyuser": {"password": hashed()}})
 
     def attack() -> None:
-        import paramiko
-
         with server.paramiko_transport() as transport:
             message = paramiko.Message()
             message.add_byte(paramiko.common.cMSG_SERVICE_REQUEST)
