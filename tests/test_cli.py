@@ -80,8 +80,7 @@ class Gosshd(Served):
             self.process = subprocess.Popen(
                 [*before, *GOSSHD, *args],
                 cwd=directory,
-                # Nobody's .bashrc belongs to a test.
-                env=environment(directory, **{"GOSSHD_HOME": "/tmp", **env}),
+                env=environment(directory, **env),
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=log,

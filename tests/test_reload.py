@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pexpect
 import pytest
@@ -17,9 +18,20 @@ from gosshd_py.pidfile import holder
 
 from .keys import Key
 from .serving import wait_for
-from .test_cli import Gosshd, Start, environment, errors, gosshd_once, needs_root, start
+from .test_cli import Gosshd, Start, environment, errors, gosshd_once, needs_root
+from .test_cli import start as start_anywhere
 
-__all__ = ["start"]
+__all__ = ["start_anywhere"]
+
+
+@pytest.fixture
+def start(start_anywhere: Start) -> Start:
+    """As in test_cli.py, but with nobody's .bashrc."""
+
+    def start_it(*args: str | Path, **how: Any) -> Gosshd:
+        return start_anywhere(*args, **{"GOSSHD_HOME": "/tmp", **how})
+
+    return start_it
 
 
 def answers(it: Gosshd, event: str) -> int:
