@@ -461,6 +461,7 @@ class Channel(asyncssh.SSHServerSession[bytes]):
 
         A client that does not take what is left within CLOSE_TIMEOUT loses it.
         """
+        self.host.channel_done(self)  # before the client can see the end and ask for the next one
         try:
             async with asyncio.timeout(CLOSE_TIMEOUT):
                 if not self.wire.is_closing():

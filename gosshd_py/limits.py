@@ -211,6 +211,10 @@ class SessionCounts:
             del self._accounts[account]
 
 
+MAX_UNANSWERED = 64
+"""Channels on which a client may owe us its CLOSE. An honest one owes it for a moment."""
+
+
 class Sessions:
     """The sessions of one connection, and what of them counts for others.
 
@@ -227,8 +231,8 @@ class Sessions:
 
     @property
     def here(self) -> int:
-        """How many there are on this connection."""
-        return len(self._channels | self._running)
+        """How many there are on this connection; of those that wait for its CLOSE, what is too much."""
+        return max(len(self._counted), len(self._channels) - MAX_UNANSWERED)
 
     @property
     def used(self) -> bool:

@@ -372,6 +372,21 @@ def test_a_connection_has_64_sessions_and_the_server_1000(serve: Serve) -> None:
     assert server.ssh("true").returncode == 0
 
 
+@pytest.mark.parametrize("limit", ["max_sessions", "connection_max_sessions", "total_max_sessions"])
+def test_the_next_session_may_follow_at_once(serve: Serve, limit: str) -> None:
+    """As with ControlMaster: the client's CLOSE and its next request come in one piece."""
+    server = serve(**{limit: 1})
+
+    async def one_after_the_other() -> None:
+        async with await server.connect() as conn:
+            for number in range(100):
+                process = await conn.create_process(f"echo {number}")
+                assert await process.stdout.read() == f"{number}\n"
+                await process.wait()
+
+    run(one_after_the_other())
+
+
 def test_programs_that_outlive_their_channel_count(serve: Serve) -> None:
     server = serve(max_sessions=3, connection_max_sessions=0, hangup_grace=2)
 
