@@ -10,29 +10,22 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, Protocol
+from typing import Protocol
 
 import asyncssh
 import structlog
 from asyncssh.packet import PacketDecodeError, SSHPacket
 
+from .flow import MAX_PACKET, WINDOW, Flow, FlowHost
 from .lifecycle import Cause, ExitStatus, SpawnError, Start, Terminal, WindowSize
 from .modes import parse_modes
 from .requests import SIGNALS, env_allowed, parse_size, parse_term
+from .wire import Watched
 
 log = structlog.get_logger()
 
-WINDOW = 1024 * 1024
-"""Bytes that a client may send ahead of its program."""
-
-INPUT_HIGH = 64 * 1024
-"""Bytes of input held for a program before reading from the channel stops."""
-
 MAX_ENV = 128
 """Environment variables kept for one channel."""
-
-MIN_PACKET = 256
-"""Smallest maximum packet size accepted: at one byte a packet, 16 KiB stall the loop for 0.6 s."""
 
 CLOSE_TIMEOUT = 1.0
 """Seconds for closing a channel, from the last output to the client's CLOSE."""
@@ -43,8 +36,8 @@ and forgets what it has not yet shown, so they must not come in one piece."""
 
 _OVERRIDDEN = (
     *(f"_process_{name}_request" for name in ("pty_req", "env", "shell", "exec", "subsystem")),
-    *("_service_next_request", "_report_response", "_close_send", "process_connection_close"),
-    *("process_open", "_cleanup"),
+    *("_service_next_request", "_report_response"),
+    "_process_auth_agent_req_at_openssh_dot_com_request",
 )
 
 
@@ -56,7 +49,7 @@ class RunningProgram(Protocol):
     def send_break(self) -> bool: ...
 
 
-class Host(Protocol):
+class Host(FlowHost, Protocol):
     """What a channel asks of its connection."""
 
     accept_env: Collection[str]
@@ -65,8 +58,6 @@ class Host(Protocol):
     """Seconds in which a program must be asked for; 0: no limit."""
     turn: asyncio.Lock
     """Held while a program is started; all channels of a server share it."""
-    transport_open: asyncio.Event
-    """Set while the connection's TCP buffer takes more."""
 
     @property
     def allow_pty(self) -> bool: ...
@@ -77,14 +68,14 @@ class Host(Protocol):
     def greeting(self, request: Start) -> str: ...
     def limit_hit(self, limit: str, **facts: object) -> None: ...
     def request_refused(self, request: str, reason: str) -> None: ...
-    def channel_closed(self, channel: Channel) -> None: ...
+    async def forward_agent(self) -> bool: ...
     def channel_done(self, channel: Channel) -> None: ...
 
 
 # -- the wire: what asyncssh's public callbacks cannot see or refuse ---------------------------
 
 
-class SessionChannel(asyncssh.SSHServerChannel[bytes]):
+class SessionChannel(Watched, asyncssh.SSHServerChannel[bytes]):
     """asyncssh's channel with the requests answered that it accepts unseen or disconnects for.
 
     asyncssh calls these methods by name, so a renamed one would silently open what is closed
@@ -95,19 +86,10 @@ class SessionChannel(asyncssh.SSHServerChannel[bytes]):
         loop = asyncio.get_running_loop()
         super().__init__(
             conn, loop, allow_pty=True, line_editor=False, line_echo=False, line_history=0,
-            max_line_length=0, encoding=None, errors="strict", window=WINDOW, max_pktsize=32768,
+            max_line_length=0, encoding=None, errors="strict", window=WINDOW, max_pktsize=MAX_PACKET,
         )  # fmt: skip
-        self.channel = channel
+        self.channel = self.flow = channel
         self._servicing = False
-
-    def process_open(
-        self, send_chan: int, send_window: int, send_pktsize: int, session: Any
-    ) -> None:
-        """Refuse absurd packet sizes (RFC 4254 §5.1), then go on as usual."""
-        if send_pktsize < MIN_PACKET:
-            reason = f"a maximum packet size of {send_pktsize} bytes is too small"
-            session = _refuse_open(reason)
-        super().process_open(send_chan, send_window, send_pktsize, session)
 
     def _process_pty_req_request(self, packet: SSHPacket) -> bool:
         term = packet.get_string()
@@ -120,6 +102,10 @@ class SessionChannel(asyncssh.SSHServerChannel[bytes]):
         name, value = packet.get_string(), packet.get_string()
         packet.check_end()
         return self.channel.env_req(name, value)
+
+    def _process_auth_agent_req_at_openssh_dot_com_request(self, packet: SSHPacket) -> None:
+        packet.check_end()
+        self.channel.agent_req()
 
     def _service_next_request(self) -> None:
         # asyncssh comes back here from within, once for each waiting request: a few hundred
@@ -158,129 +144,30 @@ class SessionChannel(asyncssh.SSHServerChannel[bytes]):
         if not self.is_closing():
             self._report_response(accepted)
 
-    def resume_reading(self) -> None:
-        """Not after the channel's end: asyncssh would look for the session it has let go."""
-        if self._session is not None:
-            super().resume_reading()
-
-    async def keys_exchanged(self) -> None:
-        """Wait while keys are exchanged: what is sent meanwhile, asyncssh holds without a bound.
-
-        transport.py disconnects a client that does not finish one.
-        """
-        while self._conn is not None and not self._conn._kex_complete:  # noqa: SLF001, ASYNC110
-            await asyncio.sleep(0.01)  # no event tells, and it takes milliseconds
-
-    def _cleanup(self, exc: Exception | None = None) -> None:
-        super()._cleanup(exc)  # how every channel ends, also one that was never opened
-        self.channel.host.channel_closed(self.channel)
-
-    def process_connection_close(self, exc: Exception | None) -> None:
-        """Name the cause before the clean-up below looks like a CLOSE."""
-        self.channel.end(Cause.CLIENT_CLOSED if exc is None else Cause.CONNECTION_LOST)
-        super().process_connection_close(exc)
-
-    def _close_send(self) -> None:
-        # Also how CLOSE arrives while input is paused, when no callback would tell us.
-        super()._close_send()
-        self.channel.end(Cause.CLIENT_CLOSED)
-
 
 for _name in _OVERRIDDEN:
     if not hasattr(asyncssh.SSHServerChannel, _name):
         raise ImportError(f"asyncssh {asyncssh.__version__} is not supported: it has no {_name}")
 
 
-async def _refuse_open(reason: str) -> asyncssh.SSHServerSession[bytes]:
-    raise asyncssh.ChannelOpenError(asyncssh.OPEN_ADMINISTRATIVELY_PROHIBITED, reason)
-
-
-class ChannelInput:
-    """What the client has sent and the program has not yet taken: a session.Source."""
-
-    __slots__ = ("_channel", "_chunks", "_ended", "_size", "_waiter")
-
-    def __init__(self, channel: Channel) -> None:
-        self._channel = channel
-        self._chunks: list[bytes] = []
-        self._size = 0
-        self._ended = False
-        self._waiter: asyncio.Future[None] | None = None
-
-    def feed(self, data: bytes) -> None:
-        """Take data from the client; stop the channel's reading while too much is held."""
-        self._chunks.append(data)
-        self._size += len(data)
-        if self._size >= INPUT_HIGH:
-            self._channel.wire.pause_reading()
-        self._wake()
-
-    def feed_eof(self) -> None:
-        """Take note that no more comes."""
-        self._ended = True
-        self._wake()
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    async def read(self) -> bytes:
-        """All that is there as soon as there is any; b"" at the end."""
-        while not self._chunks:
-            if self._ended:
-                return b""
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
-        data = b"".join(self._chunks)
-        self._chunks.clear()
-        self._size = 0
-        self._channel.wire.resume_reading()
-        return data
-
-
-class ChannelOutput:
-    """One stream to the client, standard output or (datatype 1) standard error: a session.Sink."""
-
-    __slots__ = ("_channel", "_datatype")
-
-    def __init__(self, channel: Channel, datatype: int | None = None) -> None:
-        self._channel = channel
-        self._datatype = datatype
-
-    async def write(self, data: bytes) -> None:
-        """Send data; return when window and TCP take more. BrokenPipeError: the client has gone."""
-        self._channel.active = asyncio.get_running_loop().time()
-        await self._channel.wire.keys_exchanged()
-        self._channel.wire.write(data, self._datatype)
-        await self._channel.writable()
-
-
-class Channel(asyncssh.SSHServerSession[bytes]):
+class Channel(Flow, asyncssh.SSHServerSession[bytes]):
     """One session channel. See session.Channel for what its parts promise.
 
     What asyncssh calls a session (it gets the callbacks) is our Channel; what asyncssh calls the
     channel (it sends the packets) is `wire`.
-
-    active: when the last byte went in either direction (the loop's time).
     """
 
     wire: SessionChannel
 
     def __init__(self, host: Host) -> None:
+        super().__init__(host)
         self.host = host
         self._launch: asyncio.Task[None] | None = None
-        self._loop = asyncio.get_running_loop()
-        self.active = self._loop.time()
         self._timer: asyncio.TimerHandle | None = None
-        self._window_open = asyncio.Event()
-        self._window_open.set()
         self._env: dict[str, bytes] = {}
         self._terminal: Terminal | None = None
         self._started = False
         self._program: RunningProgram | None = None
-        self.stdin = ChannelInput(self)
-        self.outputs = (ChannelOutput(self), ChannelOutput(self, asyncssh.EXTENDED_DATA_STDERR))
-        self.ended: asyncio.Future[Cause] = self._loop.create_future()
 
     @contextmanager
     def _contained(self, request: str) -> Iterator[None]:
@@ -314,6 +201,13 @@ class Channel(asyncssh.SSHServerSession[bytes]):
             return False
         self._env[name.decode("ascii")] = value
         return True
+
+    def agent_req(self) -> None:
+        """auth-agent-req@openssh.com. The answer follows, and what was sent behind waits for it."""
+        self._launch = asyncio.create_task(self._agent_req())
+
+    async def _agent_req(self) -> None:
+        self.wire.answer(await self.host.forward_agent())
 
     def start(self, kind: str, command: bytes = b"") -> bool | None:
         """shell, exec, subsystem (RFC 4254 §6.5): start the program, once. The answer follows."""
@@ -371,8 +265,8 @@ class Channel(asyncssh.SSHServerSession[bytes]):
     # -- while it runs ------------------------------------------------------------------------
 
     def connection_made(self, chan: asyncssh.SSHServerChannel[bytes]) -> None:
-        """Wait for an empty buffer after each write: low and high water are both zero."""
-        chan.set_write_buffer_limits(high=0, low=0)
+        """Give it time for its request."""
+        super().connection_made(chan)
         if seconds := self.host.request_timeout:
             self._timer = self._loop.call_later(seconds, self._no_request, seconds)
 
@@ -384,16 +278,6 @@ class Channel(asyncssh.SSHServerSession[bytes]):
     def _stop_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-
-    def data_received(self, data: bytes, datatype: int | None) -> None:
-        """Input for the program."""
-        self.active = self._loop.time()
-        self.stdin.feed(data)
-
-    def eof_received(self) -> bool:
-        """Client EOF: a half-close. False would make asyncssh close our output too."""
-        self.stdin.feed_eof()
-        return True
 
     def terminal_size_changed(self, width: int, height: int, pixwidth: int, pixheight: int) -> None:
         """window-change (RFC 4254 §6.7). An impossible size changes nothing."""
@@ -417,24 +301,10 @@ class Channel(asyncssh.SSHServerSession[bytes]):
             return self._program is not None and self._program.send_break()
         return False
 
-    def pause_writing(self) -> None:
-        """The client's window is full."""
-        self._window_open.clear()
-
-    def resume_writing(self) -> None:
-        """All output fits the client's window."""
-        self._window_open.set()
-
     @property
     def has_terminal(self) -> bool:
         """Whether a person may be reading."""
         return self._terminal is not None
-
-    async def writable(self) -> None:
-        """Wait until window and TCP both take more, or the connection has ended."""
-        while not (self._window_open.is_set() and self.host.transport_open.is_set()):
-            await self._window_open.wait()
-            await self.host.transport_open.wait()
 
     # -- the end ------------------------------------------------------------------------------
 
@@ -443,18 +313,14 @@ class Channel(asyncssh.SSHServerSession[bytes]):
 
         text: a line for the person at the other end.
         """
-        if not self.ended.done():
-            if text:
-                self.notice(f"\r\ngosshd: {text}" if self._terminal else f"gosshd: {text}")
-            self.ended.set_result(cause)
-        if self.ended.result() is Cause.CLIENT_CLOSED:
-            self.stdin.feed_eof()  # what it sent before may still be used
+        if text and not self.ended.done():
+            self.notice(f"\r\ngosshd: {text}" if self._terminal else f"gosshd: {text}")
+        super().end(cause)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The channel is gone: by the client's CLOSE, or with its connection."""
         self._stop_timer()
-        self.end(Cause.CLIENT_CLOSED)
-        self._window_open.set()
+        super().connection_lost(exc)
 
     async def aclose(self, status: ExitStatus | None) -> None:
         """EOF, exit-status or exit-signal, CLOSE, in this order; then wait for the client's CLOSE.

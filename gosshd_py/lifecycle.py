@@ -129,19 +129,8 @@ class ExitStatus:
 
 _RFC_SIGNALS = frozenset(
     (
-        "ABRT",
-        "ALRM",
-        "FPE",
-        "HUP",
-        "ILL",
-        "INT",
-        "KILL",
-        "PIPE",
-        "QUIT",
-        "SEGV",
-        "TERM",
-        "USR1",
-        "USR2",
+        *("ABRT", "ALRM", "FPE", "HUP", "ILL", "INT", "KILL"),
+        *("PIPE", "QUIT", "SEGV", "TERM", "USR1", "USR2"),
     )
 )
 

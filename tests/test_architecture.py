@@ -15,10 +15,12 @@ PACKAGE = Path(gosshd_py.__file__).parent
 ROWS = (
     {"lifecycle", "config", "logs"},
     {"process", "modes", "requests", "session", "hostkeys", "listen", "names", "passwords"},
+    {"places", "fsuser", "sftp", "wire"},
     {"authorized_keys", "accounts", "limits", "local", "pidfile"},
-    {"authentication", "checks", "channel", "pty", "pipes"},
-    {"transport", "command", "load"},
+    {"authentication", "checks", "flow", "pty", "pipes"},
+    {"transport", "command", "load", "channel", "explain"},
     {"userauth"},
+    {"forward"},
     {"connection"},
     {"server"},
     {"daemon"},
@@ -27,10 +29,16 @@ ROWS = (
 )
 EDGES = {"channel", "pty", "pipes"}
 SSH = {
-    *("channel", "connection", "transport", "userauth", "server", "hostkeys"),
-    *("authentication", "authorized_keys", "cli"),  # keys and certificates; saslprep
+    *("channel", "flow", "wire", "connection", "transport", "userauth", "server", "hostkeys"),
+    *(
+        "authentication",
+        "authorized_keys",
+        "cli",
+        "forward",
+        "sftp",
+    ),  # keys and certificates; saslprep
 }
-CORE = ("session", "channel", "pty", "pipes", "lifecycle", "server", "connection")
+CORE = ("session", "flow", "channel", "pty", "pipes", "lifecycle", "server", "connection")
 
 
 def imports(module: str) -> set[str]:

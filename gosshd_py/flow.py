@@ -1,0 +1,152 @@
+"""The bytes of a channel (RFC 4254 §5): held for whoever takes them, sent when the client has room.
+
+Every kind of channel flows like this: channel.py adds the requests of a session, forward.py the
+socket of a forward. Promises: output waits for the client at both levels, window and TCP; the end
+of a channel is noticed, whatever is paused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Protocol
+
+import asyncssh
+
+from .lifecycle import Cause
+
+WINDOW = 1024 * 1024
+"""Bytes that a client may send ahead of what takes them."""
+
+INPUT_HIGH = 64 * 1024
+"""Bytes of input held before reading from the channel stops."""
+
+MAX_PACKET = 32 * 1024
+"""Bytes of data in a packet to us."""
+
+
+class FlowHost(Protocol):
+    """What the flow of a channel asks of its connection."""
+
+    transport_open: asyncio.Event
+    """Set while the connection's TCP buffer takes more."""
+
+    def channel_closed(self, channel: Any) -> None: ...
+
+
+class ChannelInput:
+    """What the client has sent and the program has not yet taken: a session.Source."""
+
+    __slots__ = ("_channel", "_chunks", "_ended", "_size", "_waiter")
+
+    def __init__(self, channel: Flow) -> None:
+        self._channel = channel
+        self._chunks: list[bytes] = []
+        self._size = 0
+        self._ended = False
+        self._waiter: asyncio.Future[None] | None = None
+
+    def feed(self, data: bytes) -> None:
+        """Take data from the client; stop the channel's reading while too much is held."""
+        self._chunks.append(data)
+        self._size += len(data)
+        if self._size >= INPUT_HIGH:
+            self._channel.wire.pause_reading()
+        self._wake()
+
+    def feed_eof(self) -> None:
+        """Take note that no more comes."""
+        self._ended = True
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def read(self) -> bytes:
+        """All that is there as soon as there is any; b"" at the end."""
+        while not self._chunks:
+            if self._ended:
+                return b""
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        data = b"".join(self._chunks)
+        self._chunks.clear()
+        self._size = 0
+        self._channel.wire.resume_reading()
+        return data
+
+
+class ChannelOutput:
+    """One stream to the client, standard output or (datatype 1) standard error: a session.Sink."""
+
+    __slots__ = ("_channel", "_datatype")
+
+    def __init__(self, channel: Flow, datatype: int | None = None) -> None:
+        self._channel = channel
+        self._datatype = datatype
+
+    async def write(self, data: bytes) -> None:
+        """Send data; return when window and TCP take more. BrokenPipeError: the client has gone."""
+        self._channel.active = asyncio.get_running_loop().time()
+        await self._channel.wire.keys_exchanged()
+        self._channel.wire.write(data, self._datatype)
+        await self._channel.writable()
+
+
+class Flow:
+    """A channel's bytes and its end: the part of session.Channel that all kinds have.
+
+    active: when the last byte went in either direction (the loop's time).
+    """
+
+    wire: Any
+
+    def __init__(self, host: FlowHost) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.channel_host = host
+        self.active = self._loop.time()
+        self._window_open = asyncio.Event()
+        self._window_open.set()
+        self.stdin = ChannelInput(self)
+        self.outputs = (ChannelOutput(self), ChannelOutput(self, asyncssh.EXTENDED_DATA_STDERR))
+        self.ended: asyncio.Future[Cause] = self._loop.create_future()
+
+    def connection_made(self, chan: Any) -> None:
+        """Wait for an empty buffer after each write: low and high water are both zero."""
+        chan.set_write_buffer_limits(high=0, low=0)
+
+    def data_received(self, data: bytes, datatype: int | None) -> None:
+        """Input."""
+        self.active = self._loop.time()
+        self.stdin.feed(data)
+
+    def eof_received(self) -> bool:
+        """Client EOF: a half-close. False would make asyncssh close our output too."""
+        self.stdin.feed_eof()
+        return True
+
+    def pause_writing(self) -> None:
+        """The client's window is full."""
+        self._window_open.clear()
+
+    def resume_writing(self) -> None:
+        """All output fits the client's window."""
+        self._window_open.set()
+
+    async def writable(self) -> None:
+        """Wait until window and TCP both take more, or the connection has ended."""
+        while not (self._window_open.is_set() and self.channel_host.transport_open.is_set()):
+            await self._window_open.wait()
+            await self.channel_host.transport_open.wait()
+
+    def end(self, cause: Cause, text: str = "") -> None:
+        """Ask for the end, for this cause; the first cause wins. text: for who can be told."""
+        if not self.ended.done():
+            self.ended.set_result(cause)
+        if self.ended.result() is Cause.CLIENT_CLOSED:
+            self.stdin.feed_eof()  # what it sent before may still be used
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The channel is gone: by the client's CLOSE, or with its connection."""
+        self.end(Cause.CLIENT_CLOSED)
+        self._window_open.set()
