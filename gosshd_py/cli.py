@@ -22,6 +22,7 @@ from . import __version__, logs, pidfile
 from .checks import warnings_of
 from .config import Config, ConfigError, parse_address
 from .daemon import serve
+from .explain import explain_forward
 from .hostkeys import (
     HostKeyError,
     client_names,
@@ -32,6 +33,7 @@ from .hostkeys import (
 from .listen import ListenError
 from .load import load_config
 from .passwords import MAX_PASSWORD, make_hash
+from .places import ForbiddenError
 from .server import Server
 
 log = structlog.get_logger()
@@ -233,6 +235,39 @@ def passwd() -> None:
     if len(password) > MAX_PASSWORD:
         _fail(2, f"{len(password)} characters are too many; {MAX_PASSWORD} are the most")
     click.echo(f'password = "{make_hash(password)}"')
+
+
+@main.group()
+def explain() -> None:
+    """Say what the rules would answer, and which of them decides."""
+
+
+@explain.command("forward")
+@click.argument("user")
+@click.argument("place", metavar="HOST:PORT")
+@click.option("--key", metavar="FILE", help="The public key that USER logs in with.")
+@_settings
+@click.pass_context
+def explain_a_forward(
+    context: click.Context,
+    /,
+    user: str,
+    place: str,
+    key: str | None,
+    config: str | None,
+    **flags: Any,
+) -> None:
+    """Whether USER may connect to HOST:PORT through the server; exit 1 if not."""
+    assert context.parent is not None  # noqa: S101
+    context.obj = context.parent.parent.obj if context.parent.parent else context.obj
+    settings = _with_settings(context, config, flags)
+    try:
+        click.echo(f"allowed: {logs.escape(explain_forward(settings, user, place, key))}")
+    except ForbiddenError as exc:
+        click.echo(f"refused: {logs.escape(str(exc))}")
+        sys.exit(1)
+    except ValueError as exc:
+        _fail(2, str(exc))
 
 
 @main.command("known-hosts")

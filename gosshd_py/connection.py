@@ -16,12 +16,13 @@ from .authentication import Authenticator, Login
 from .channel import Channel, SessionChannel
 from .command import command_of, greeting_of, prepare_home
 from .config import Config
+from .flow import Flow
+from .forward import Forwards
 from .lifecycle import Cause, SpawnError, Start
 from .limits import Admission, SessionCounts, Sessions
 from .pipes import PipeProgram
 from .pty import PtyProgram
 from .session import Program
-from .userauth import Entrance
 
 log = structlog.get_logger()
 
@@ -39,7 +40,7 @@ class Shared:
     """Why nothing starts any more."""
 
 
-class Connection(Entrance):
+class Connection(Forwards):
     """What asyncssh asks about one connection. Lives by the configuration that it began with."""
 
     def __init__(self, config: Config, authenticator: Authenticator, shared: Shared) -> None:
@@ -61,6 +62,7 @@ class Connection(Entrance):
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget it, and write its last log line."""
         super().connection_lost(exc)
+        self.close_forwards()
         self._shared.connections.discard(self)
         self.transport_open.set()
         # UnicodeError: an identification string that is not ASCII.
@@ -105,8 +107,9 @@ class Connection(Entrance):
         self.limit_time(0)
         return channel.wire, channel
 
-    def channel_closed(self, channel: Channel) -> None:
+    def channel_closed(self, channel: Flow) -> None:
         """The client's CLOSE has come, or the connection has ended."""
+        super().channel_closed(channel)
         self._places.closed(channel)
         self._wait_for_channels()
 
@@ -116,7 +119,8 @@ class Connection(Entrance):
         self._wait_for_channels()
 
     def _wait_for_channels(self) -> None:
-        if not self._places.used and not self.conn.is_closed():
+        """One that may forward waits for its turn, however long."""
+        if not (self._places.used or self.may_forward or self.conn.is_closed()):
             self.limit_time(self.config.unused_connection_timeout, self.unused)
 
     def auth_completed(self) -> None:
@@ -137,6 +141,7 @@ class Connection(Entrance):
 
     async def prepare(self) -> None:
         """What is done before a program starts and may take its time."""
+        await self.listeners_answered()
         await prepare_home(self._permitted.account)
 
     def start(self, channel: Channel, request: Start) -> PtyProgram | PipeProgram:
@@ -160,11 +165,8 @@ class Connection(Entrance):
         return greeting_of(self._permitted, request)
 
     def _spawn(self, request: Start) -> PtyProgram | PipeProgram:
-        if request.kind == "subsystem" and self._permitted.permissions.command is None:
-            name = request.command.decode("utf-8", "backslashreplace")
-            raise SpawnError(f"there is no subsystem {name!r} on this server")
         permitted = (*self.config.accept_env, *self.config.permit_user_environment)
-        command = command_of(self._permitted, request, self.ends, permitted)
+        command = command_of(self._permitted, request, self.ends, permitted, self.agent)
         grace = self.config.hangup_grace
         if request.terminal is not None:
             return PtyProgram.spawn(command, request.terminal, grace)

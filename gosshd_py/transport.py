@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 import asyncssh
-from asyncssh.packet import PacketDecodeError, SSHPacket, String
+from asyncssh.packet import PacketDecodeError, SSHPacket, String, UInt32
 
 from .authentication import SIGNATURES
 from .config import Config
@@ -35,6 +35,9 @@ MAX_UNREAD = 16 * 1024 * 1024
 MAX_DEFERRED = 4096
 """Packets held back while keys are exchanged."""
 
+MAX_GLOBAL_REQUESTS = 128
+"""Global requests that may wait for an answer; asyncssh answers them recursively."""
+
 REKEY_TIMEOUT = 30.0
 """Seconds in which a client must finish a key exchange."""
 
@@ -44,16 +47,24 @@ REKEY_BURST = 100
 REKEY_RATE = 2.0
 """… and per second in the long run. Each costs us a few milliseconds."""
 
-_OVERRIDDEN = ("_finish_userauth", "_send_kexinit", "validate_public_key", "reload_config")
+_OVERRIDDEN = (
+    *("_finish_userauth", "_send_kexinit", "validate_public_key", "reload_config"),
+    *("_process_tcpip_forward_global_request", "_process_cancel_tcpip_forward_global_request"),
+    "_process_streamlocal_forward_at_openssh_dot_com_global_request",
+    "_process_cancel_streamlocal_forward_at_openssh_dot_com_global_request",
+)
 
 
-class Owner(Protocol):
+class Owner(Protocol):  # connection.py
     """What the transport asks of connection.py beside asyncssh's callbacks."""
 
     def count_try(self, method: str) -> None: ...
     async def validate_key(self, key_data: bytes, signed: bool, verify: Verify) -> bool: ...
     def pause_writing(self) -> None: ...
     def resume_writing(self) -> None: ...
+    def listen_tcp(self, host: str, port: int) -> int | None: ...
+    async def listen_path(self, path: str) -> bool: ...
+    def cancel_listen(self, key: tuple[str, int] | str) -> bool: ...
 
 
 Verify = Callable[[asyncssh.SSHKey], bool]
@@ -85,6 +96,8 @@ class Transport(asyncssh.SSHServerConnection):
             return
         if self._transport.get_write_buffer_size() > MAX_UNREAD:
             self.connection_lost(asyncssh.ConnectionLost("the client does not read"))
+        elif len(self._global_request_queue) > MAX_GLOBAL_REQUESTS:
+            self._give_up("too many global requests")
         elif len(self._deferred_packets) > MAX_DEFERRED:
             self._give_up("too many requests during a key exchange")
 
@@ -117,6 +130,42 @@ class Transport(asyncssh.SSHServerConnection):
         if not self._kex_complete:
             self._give_up("the client did not finish a key exchange")
 
+    # -- global requests (RFC 4254 §4, §7.1) ----------------------------------------------------
+    # asyncssh makes a task of each, so that a command could start before its forward is confirmed,
+    # and it disconnects for cancelling what is not there. Here a listener is answered at once, but
+    # for sockets in a file system, which may be slow: connection.py lets programs wait for those.
+
+    def _process_tcpip_forward_global_request(self, packet: SSHPacket) -> None:
+        host, port = _text(packet), packet.get_uint32()
+        packet.check_end()
+        real = self._owner.listen_tcp(host, port) if host is not None and port <= 65535 else None
+        success = UInt32(real) if real is not None and port == 0 else real is not None
+        self._report_global_response(success)
+
+    def _process_cancel_tcpip_forward_global_request(self, packet: SSHPacket) -> None:
+        host, port = _text(packet), packet.get_uint32()
+        packet.check_end()
+        self._report_global_response(self._owner.cancel_listen((host or "", port)))
+
+    def _process_streamlocal_forward_at_openssh_dot_com_global_request(
+        self, packet: SSHPacket
+    ) -> None:
+        path = _text(packet)
+        packet.check_end()
+        self.create_task(self._listen_path(path))
+
+    async def _listen_path(self, path: str | None) -> None:
+        answer = path is not None and await self._owner.listen_path(path)
+        if not self.is_closed():
+            self._report_global_response(answer)
+
+    def _process_cancel_streamlocal_forward_at_openssh_dot_com_global_request(
+        self, packet: SSHPacket
+    ) -> None:
+        path = _text(packet)
+        packet.check_end()
+        self._report_global_response(self._owner.cancel_listen(path or ""))
+
     # -- authentication (RFC 4252) ------------------------------------------------------------
 
     async def _finish_userauth(self, begin_auth: bool, method: bytes, packet: SSHPacket) -> None:
@@ -138,6 +187,15 @@ class Transport(asyncssh.SSHServerConnection):
             return algorithm in SIGNATURES and key.verify(String(self._session_id) + msg, signature)
 
         return await self._owner.validate_key(key_data, bool(msg), verify)
+
+
+def _text(packet: SSHPacket) -> str | None:
+    """A name or a path; None for what is neither."""
+    try:
+        text = packet.get_string().decode("utf-8")
+    except UnicodeDecodeError:
+        return None
+    return None if "\0" in text else text
 
 
 def make_options(

@@ -15,16 +15,18 @@ import importlib
 import json
 import os
 import signal
+import socket
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 
 from gosshd_py import logs
-from gosshd_py.channel import ChannelOutput
 from gosshd_py.config import Config
 from gosshd_py.connection import Connection
+from gosshd_py.flow import ChannelOutput
 from gosshd_py.hostkeys import known_hosts_lines
 from gosshd_py.process import Descriptor, raise_nofile, reset_signals
 from gosshd_py.pty import PtyProgram
@@ -140,8 +142,18 @@ def sabotage(where: str) -> None:
         "read": (Descriptor, "read_now"),
         "write": (ChannelOutput, "write"),
         "spawn": (Connection, "_spawn"),
+        "lookup": (socket, "getaddrinfo"),
     }[where]
     real = getattr(owner, name)
+
+    if where == "lookup":
+
+        def slow(*_: object, **__: object) -> list[object]:
+            time.sleep(5)
+            return []
+
+        setattr(owner, name, slow)
+        return
 
     def broken(*_: object) -> None:
         setattr(owner, name, real)

@@ -18,6 +18,7 @@ import pytest
 
 from gosshd_py import cli
 
+from .keys import Key
 from .serving import ROOT, Served, wait_for
 
 GOSSHD = (sys.executable, "-m", "gosshd_py")
@@ -597,3 +598,49 @@ def test_every_problem_of_a_file_gets_its_line(tmp_path: Path) -> None:
             *("bad.toml:6: shell", "bad.toml:7: home"),
         ]
         assert "bad.toml:3: shel: unknown key; did you mean shell?" in lines
+
+
+# -- explaining -------------------------------------------------------------------------------------
+
+
+def test_explain_names_the_rule_that_decides(tmp_path: Path) -> None:
+    key = Key(tmp_path / "keys")
+    other = Key(tmp_path / "keys", "other")
+    (tmp_path / "lab.toml").write_text(
+        "[accounts.alice]\n"
+        f"authorized_keys = ['permitopen=\"127.0.0.1:80\" {key.public}', 'restrict {other.public}']\n"
+        "permit_open = ['127.0.0.1:*', 'localhost:443', 'ip6-localhost:80']\n"
+    )
+
+    def explain(*words: str) -> tuple[int, str]:
+        result = gosshd_once(tmp_path, "explain", "forward", *words, "--config", "lab.toml")
+        assert result.stderr == ""
+        return result.returncode, result.stdout.rstrip()
+
+    assert explain("alice", "127.0.0.1:22") == (
+        0, "allowed: permit_open of the account has 127.0.0.1:*; 127.0.0.1 is 127.0.0.1",
+    )  # fmt: skip
+    assert explain("alice", "10.0.0.1:22")[1] == (
+        "refused: permit_open of the account does not name 10.0.0.1:22"
+    )
+    assert explain("bob", "127.0.0.1:22") == (1, "refused: bob has no account, so no login either")
+    allowed = "allowed: permit_open of the account has 127.0.0.1:*; permitopen of the key has 127.0.0.1:80"
+    with_key = ("--key", f"{key.file}.pub")
+    assert explain("alice", "127.0.0.1:80", *with_key) == (0, f"{allowed}; 127.0.0.1 is 127.0.0.1")
+    assert explain("alice", "127.0.0.1:81", *with_key) == (
+        1, "refused: permitopen of the key does not name 127.0.0.1:81",
+    )  # fmt: skip
+    assert explain("alice", "127.0.0.1:80", "--key", f"{other.file}.pub")[1] == (
+        "refused: the line of this key does not permit port forwarding"
+    )
+    assert explain("alice", "localhost:443")[1].startswith(
+        "allowed: permit_open of the account has localhost:443; localhost is "
+    )
+    for words, why in (
+        (("alice", "x"), "'x' is not HOST:PORT"),
+        (("alice", "127.0.0.1:1", "--key", "/no/file"), "/no/file: No such file or directory; name a"),
+    ):  # fmt: skip
+        (line,) = errors(
+            gosshd_once(tmp_path, "explain", "forward", *words, "--config", "lab.toml"), 2
+        )
+        assert line.startswith(why)
