@@ -31,7 +31,7 @@ class Account:
 
     name: str
     shell: tuple[str, ...]
-    """argv of a shell; a command is run by it with -c COMMAND behind."""
+    """argv of a shell; a command is run by it with -c COMMAND behind. Empty: forwards only."""
     login_shell: bool
     """Whether a shell gets -l, too."""
     run_as: tuple[int, int] | None
@@ -46,6 +46,14 @@ class Account:
     password: str = ""
     authorized_keys: tuple[str, ...] = ()
     principals: tuple[str, ...] = ()
+    sftp: bool = True
+    read_only: bool = False
+    permit_open: tuple[str, ...] = ()
+    permit_listen: tuple[str, ...] = ()
+    permit_open_sockets: tuple[str, ...] = ()
+    permit_listen_sockets: tuple[str, ...] = ()
+    gateway_ports: bool = False
+    agent_forwarding: bool = False
 
     def argv(self, command: bytes | None) -> list[str | bytes]:
         """What executes a command, or for None an interactive shell."""
@@ -59,7 +67,7 @@ class Account:
             "HOME": self.home,
             "USER": self.name,
             "LOGNAME": self.name,
-            "SHELL": self.shell[0],
+            "SHELL": next(iter(self.shell), "/bin/false"),
             "PATH": PATH if self.uid else ROOT_PATH,
             "LANG": os.environ.get("LANG", "C.UTF-8"),
         }
@@ -150,7 +158,7 @@ def _account(config: Config, name: str, own: AccountSettings) -> Account | None:
     shell = _first(own.shell, config.shell)
     return Account(
         name=name,
-        shell=(shell,) if isinstance(shell, str) else shell,
+        shell=(shell,) if isinstance(shell, str) else shell if isinstance(shell, tuple) else (),
         login_shell=isinstance(shell, str),
         run_as=run_as,
         home=fill(template, name) or home,
@@ -165,6 +173,14 @@ def _account(config: Config, name: str, own: AccountSettings) -> Account | None:
             fill(text, name) if text.startswith("/") else text for text in own.authorized_keys
         ),
         principals=tuple(fill(text, name) for text in own.principals),
+        sftp=_first(own.sftp, config.sftp),
+        read_only=_first(own.read_only, config.read_only),
+        permit_open=_first(own.permit_open, config.permit_open),
+        permit_listen=_first(own.permit_listen, config.permit_listen),
+        permit_open_sockets=_first(own.permit_open_sockets, config.permit_open_sockets),
+        permit_listen_sockets=_first(own.permit_listen_sockets, config.permit_listen_sockets),
+        gateway_ports=_first(own.gateway_ports, config.gateway_ports),
+        agent_forwarding=_first(own.agent_forwarding, config.agent_forwarding),
     )
 
 

@@ -31,6 +31,7 @@ from .config import (
 )
 from .names import valid_user_name
 from .passwords import LOCKED, check_hash
+from .places import parse_place
 
 Problem = tuple[tuple[str, ...], str]
 """A key, with the tables that it is in, and what is wrong with its value."""
@@ -141,8 +142,8 @@ def _settings(settings: Config | AccountSettings, at: tuple[str, ...]) -> list[P
     def note(key: str, *problems: str) -> None:
         found.extend(((*at, key), problem) for problem in problems)
 
-    if settings.shell is not None:
-        note("shell", *_shell(settings.shell))
+    note("shell", *_shell(settings.shell))
+    found += [((*at, key), problem) for key, problem in _forwards(settings)]
     if settings.run_as:
         note("run_as", *_run_as(settings.run_as))
     if settings.home:
@@ -157,7 +158,24 @@ def _settings(settings: Config | AccountSettings, at: tuple[str, ...]) -> list[P
     return found
 
 
-def _shell(shell: str | tuple[str, ...]) -> list[str]:
+def _forwards(settings: Config | AccountSettings) -> Iterator[tuple[str, str]]:
+    for key in ("permit_open", "permit_listen"):
+        for text in getattr(settings, key) or ():
+            try:
+                parse_place(text)
+            except ValueError as exc:
+                yield key, str(exc)
+    for key in ("permit_open_sockets", "permit_listen_sockets"):
+        for text in getattr(settings, key) or ():
+            if text != "*" and not text.startswith("/"):
+                yield key, f"{show(text)} is not an absolute path; begin it with /, or say *"
+
+
+def _shell(shell: bool | str | tuple[str, ...] | None) -> list[str]:
+    if shell is None or shell is False:
+        return []
+    if shell is True:
+        return ["true is no program; name one, or say false for forwards only"]
     program = shell if isinstance(shell, str) else next(iter(shell), "")
     if not program.startswith("/"):
         absolute = shutil.which(program) or "/bin/bash"

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
+import shlex
+import sys
 from collections.abc import Collection
 
 import structlog
 
 from .accounts import Account
 from .authentication import Login
-from .lifecycle import Start
+from .lifecycle import SpawnError, Start
 from .process import Command
 from .requests import env_allowed
 
@@ -18,6 +21,25 @@ log = structlog.get_logger()
 
 Ends = tuple[str, int, str, int]
 """The client's address and port, then ours."""
+
+
+SFTP_SERVERS = tuple(
+    f"/usr/{folder}/sftp-server"
+    for folder in ("lib/openssh", "libexec/openssh", "libexec", "lib/ssh")
+)
+"""Where distributions put OpenSSH's sftp-server(8)."""
+
+
+def _subsystem(account: Account, name: bytes) -> bytes:
+    """The command line of a subsystem; the account's shell runs it, as sshd does."""
+    if name != b"sftp":
+        shown = name.decode("utf-8", "backslashreplace")
+        raise SpawnError(f"there is no subsystem {shown!r} on this server")
+    if not account.sftp:
+        raise SpawnError("sftp is off for this account")
+    found = next((path for path in SFTP_SERVERS if os.access(path, os.X_OK)), None)
+    words = [found] if found else [sys.executable, "-P", "-s", "-m", "gosshd_py.sftp"]
+    return shlex.join(["exec", *words, *(["-R"] if account.read_only else [])]).encode()
 
 
 async def prepare_home(account: Account) -> None:
@@ -51,8 +73,14 @@ _OURS = re.compile(r"(HOME|USER|LOGNAME|SHELL|SSH_.*)\Z")
 """Variables on whose truth programs rely."""
 
 
-def command_of(login: Login, request: Start, ends: Ends, accept: Collection[str]) -> Command:
-    """Put the command together. A forced one (authorized_keys, certificate) replaces every request.
+def command_of(
+    login: Login, request: Start, ends: Ends, accept: Collection[str], agent: str | None = None
+) -> Command:
+    """Put the command together. Raises SpawnError for what the account may not run.
+
+    A forced one (authorized_keys, certificate) replaces every request.
+
+    agent: the path of the socket that leads to the client's agent.
 
     accept: patterns of names that the line of a key may set.
 
@@ -67,7 +95,14 @@ def command_of(login: Login, request: Start, ends: Ends, accept: Collection[str]
         "SSH_CONNECTION": f"{host} {port} {here} {here_port}",
     }
     exports = {name: value for name, value in request.env.items() if not _OURS.match(name)}
+    exports |= {"SSH_AUTH_SOCK": agent.encode()} if agent else {}
     command = None if request.kind == "shell" else request.command
+    if not account.shell:
+        raise SpawnError("this account carries forwards only: no shell, no commands, no sftp")
+    if permissions.command is None and request.kind == "subsystem":
+        command = _subsystem(account, request.command)
+    elif permissions.command is None and account.read_only:
+        raise SpawnError("this account is for reading files by sftp: no shell, no commands")
     if permissions.command is not None:
         exports |= {} if command is None else {"SSH_ORIGINAL_COMMAND": command}
         command = permissions.command.encode()

@@ -89,7 +89,7 @@ class AccountSettings(msgspec.Struct, frozen=True, kw_only=True):
     principals: tuple[str, ...] = ("{user}",)
     """The names of which a certificate by a CA of [auth] must have one."""
 
-    shell: str | tuple[str, ...] | None = None
+    shell: bool | str | tuple[str, ...] | None = None
     run_as: str | None = None
     home: str | None = None
     env: dict[str, str] | None = None
@@ -97,6 +97,14 @@ class AccountSettings(msgspec.Struct, frozen=True, kw_only=True):
     rlimits: Rlimits | None = None
     motd: str | None = None
     max_sessions: CountOrOff | None = None
+    sftp: bool | None = None
+    read_only: bool | None = None
+    permit_open: tuple[str, ...] | None = None
+    permit_listen: tuple[str, ...] | None = None
+    permit_open_sockets: tuple[str, ...] | None = None
+    permit_listen_sockets: tuple[str, ...] | None = None
+    gateway_ports: bool | None = None
+    agent_forwarding: bool | None = None
 
 
 class AuthSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -124,8 +132,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     open_to_local_users: bool = False
     """Open mode: allow the other users of this machine, too."""
 
-    shell: str | tuple[str, ...] = "/bin/bash"
-    """What a session runs: `shell -l`, or `shell -c COMMAND`. A list is run without -l."""
+    shell: bool | str | tuple[str, ...] = "/bin/bash"
+    """What a session runs: `shell -l`, or `shell -c COMMAND`. A list is run without -l. false: forwards only."""
 
     run_as: str = ""
     """System user of the shells (needs root). Empty: the server's own user."""
@@ -144,6 +152,33 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
 
     motd: str = ""
     """Message of the day, shown on the terminal before a shell starts."""
+
+    sftp: bool = True
+    """The subsystem sftp: OpenSSH's sftp-server if it is installed, else our own, run by the shell."""
+
+    read_only: bool = False
+    """Files can be read by sftp; they cannot be written, and there is no shell and no command."""
+
+    permit_open: tuple[str, ...] = ()
+    """Where the client may connect to through us: HOST:PORT, HOST:LOW-HIGH, HOST:* or *:*."""
+
+    permit_listen: tuple[str, ...] = ()
+    """Where we may listen for the client, in the same form, such as 127.0.0.1:8080."""
+
+    permit_open_sockets: tuple[str, ...] = ()
+    """Paths of unix sockets that the client may connect to; * is any."""
+
+    permit_listen_sockets: tuple[str, ...] = ()
+    """Paths of unix sockets that we may make for the client; * is any."""
+
+    gateway_ports: bool = False
+    """Listen for the client on the addresses it asks for; otherwise only on loopback."""
+
+    agent_forwarding: bool = False
+    """Let programs reach the client's authentication agent, if it offers that."""
+
+    connection_max_forwards: CountOrOff = 64
+    """Forwards and forwarding listeners that one connection may have at a time."""
 
     accept_env: tuple[str, ...] = ("TERM", "LANG", "LC_*")
     """Names and patterns of the environment variables that a client may set; never HOME, USER, LOGNAME, SHELL, SSH_*."""

@@ -80,6 +80,15 @@ def test_a_file_may_set_everything(tmp_path: Path) -> None:
         unused_connection_timeout = 2
         request_timeout = 3
         auth = {trusted_user_ca_keys = []}
+        sftp = false
+        read_only = true
+        permit_open = ["db.lab:5432", "[::1]:1-9", "*:*"]
+        permit_listen = ["127.0.0.1:*"]
+        permit_open_sockets = ["/x"]
+        permit_listen_sockets = ["*"]
+        gateway_ports = true
+        agent_forwarding = true
+        connection_max_forwards = 0
         accounts = {alice = {password = "!"}}
     """
     config = load(tmp_path, text)
@@ -112,11 +121,17 @@ def test_the_home_template_holds_the_login_name(tmp_path: Path) -> None:
         ("x = 1", f"1: x: unknown key; known are {', '.join(KEYS)}"),
         ("\n[server]\nlisten = []", "2: server: unknown key"),
         ("[[home]]\nx = 1", "1: home: expected a string, not [{'x': 1}]"),
-        ("# one\u2028line\nshell = 3", "2: shell: expected a string or a list, not 3"),
+        (
+            "# one\u2028line\nshell = 3",
+            "2: shell: expected true or false or a string or a list, not 3",
+        ),
         ("home.x = 1", "1: home: expected a string, not {'x': 1}"),
         ("listen-on = 1", "1: listen-on: unknown key; did you mean listen?"),
-        ("'shell' = 3", "1: shell: expected a string or a list, not 3"),
-        ("accept_env = [\n'shell'\n]\nshell = 3", "4: shell: expected a string or a list, not 3"),
+        ("'shell' = 3", "1: shell: expected true or false or a string or a list, not 3"),
+        (
+            "accept_env = [\n'shell'\n]\nshell = 3",
+            "4: shell: expected true or false or a string or a list, not 3",
+        ),
         ("listen = '127.0.0.1:1'", "1: listen: expected a list, not '127.0.0.1:1'"),
         ("listen = [1]", "1: listen: expected a list, each item a string, not [1]"),
         ("listen = []", "1: listen: is empty; name at least one HOST:PORT"),
@@ -158,6 +173,20 @@ def test_the_home_template_holds_the_login_name(tmp_path: Path) -> None:
         ("client_alive_count_max = 1.5", "1: client_alive_count_max: expected a whole number, not"),
         ("hangup_grace = 0", "1: hangup_grace: expected a number > 0.0, not 0"),
         ("login_grace_time = nan", "1: login_grace_time: expected a number >= 0.0, not nan"),
+        ("shell = true", "1: shell: true is no program; name one, or say false for forwards only"),
+        (
+            "permit_open = ['db.lab']",
+            "1: permit_open: 'db.lab' is not HOST:PORT, [IPV6]:PORT, HOST",
+        ),
+        ("permit_open = ['*.lab:1']", "1: permit_open: '*.lab:1': * stands for a whole host"),
+        ("permit_open = ['127.1:1']", "1: permit_open: '127.1:1': write the address with its four"),
+        ("permit_open = ['a:9-1']", "1: permit_open: 'a:9-1' has no port between 9 and 1"),
+        (
+            "permit_open = ['a:70000']",
+            "1: permit_open: 'a:70000' has no port between 70000 and 70000",
+        ),
+        ("permit_listen = ['[x]:1']", "1: permit_listen: '[x]:1': x is not an IPv6 address"),
+        ("permit_open_sockets = ['x']", "1: permit_open_sockets: 'x' is not an absolute path"),
         ("shell = []", "1: shell: '' is not an absolute path; try /bin/bash"),
         ("shell = ['/no/shell', '-x']", "1: shell: /no/shell is not an executable file"),
         ("shell = [1]", "1: shell: expected a list, each item a string, not [1]"),
