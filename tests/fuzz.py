@@ -28,6 +28,7 @@ from gosshd_py.logs import clean
 from gosshd_py.modes import parse_modes
 from gosshd_py.names import valid_user_name
 from gosshd_py.passwords import check_hash
+from gosshd_py.places import ForbiddenError, check_asked, check_found, parse_place
 from gosshd_py.requests import env_allowed, parse_term
 
 from .keys import Key, hashed
@@ -102,6 +103,24 @@ def pattern(source_and_list: tuple[Any, list[str]]) -> None:
         match_source(str(address), parse_line(line).sources)
 
 
+def rule(arguments: tuple[str, str, int, str]) -> None:
+    """What is allowed is allowed by a rule that says so; loopback only by one that names it."""
+    words, host, port, address = arguments
+    try:
+        place = parse_place(words)
+    except ValueError:
+        return
+    with suppress(ForbiddenError):
+        assert check_asked("permit_open", [words], None, host, port) == words
+        assert place.low <= port <= place.high
+        assert place.host in ("*", host.lower().rstrip(".")) or ":" in host or "." in host
+    with suppress(ForbiddenError):
+        check_found([words], "name", "127.0.0.1", port)
+        assert place.host in ("*", "127.0.0.1", "localhost")
+    with suppress(ForbiddenError):
+        check_found([words], "name", address, port)
+
+
 def raising_value_error(parse: Callable[[Any], object]) -> Callable[[Any], None]:
     def target(value: Any) -> None:
         with suppress(ValueError):
@@ -150,6 +169,10 @@ TARGETS: dict[str, tuple[st.SearchStrategy[Any], Callable[[Any], None]]] = {
     "configuration": (text(_TOML), toml),
     "password hashes": (text([hashed()]), check),
     "addresses": (text(["127.0.0.1:22", "[::1]:22"]), raising_value_error(parse_address)),
+    "rules for forwards": (
+        st.tuples(text(["db.lab:5432", "[::1]:8000-8010", "127.0.0.1:*", "*:*", "LOCALHOST.:1-9"]), text(["127.0.0.1", "::ffff:127.0.0.1", "db.lab", "0"]), st.integers(0, 65535), st.ip_addresses().map(str)),
+        rule,
+    ),
     "sources": (st.ip_addresses().map(str), lambda address: assert_(source_of(address))),
     "names": (text(["alice", "a.b-c_d"]), name),
     "terminal modes": (mutated([bytes([1, 0, 0, 0, 3, 0]) * 3]), raising_value_error(parse_modes)),

@@ -245,7 +245,8 @@ def documented_fields() -> dict[str, set[str]]:
     table: dict[str, set[str]] = {}
     for row in re.findall(r"^\| `(.+?)` \| (.*) \|$", section, re.MULTILINE):
         fields = set(re.findall(r"`(\w+)`", row[1]))
-        same = table["session started"] if "the same" in row[1] else set()
+        before = "forward opened" if row[0].startswith("forward") else "session started"
+        same = table[before] if "the same" in row[1] else set()
         table[row[0]] = fields | same
     return table
 

@@ -160,6 +160,11 @@ def command_passwd(clone: Path, server: Served) -> None:
     assert made.stdout.startswith('password = "$argon2id$')
 
 
+def command_explain(clone: Path, server: Served) -> None:
+    told = gosshd(clone, "gosshd explain forward alice db.lab:5432 --config lab.toml")
+    assert told.stdout == "refused: permit_open of the account does not name db.lab:5432\n"
+
+
 def command_reload(clone: Path, server: Served) -> None:
     """A server with that configuration, asked as the README says."""
     link_environment(clone)
@@ -222,6 +227,7 @@ RUNNERS: dict[str, Callable[[Path, Served], None]] = {
     "gosshd check --config lab.toml": command_check,
     "gosshd known-hosts >> ~/.ssh/known_hosts": command_known_hosts,
     "gosshd passwd": command_passwd,
+    "gosshd explain forward alice db.lab:5432 --config lab.toml": command_explain,
     "gosshd reload --config lab.toml": command_reload,
     "gosshd keys": command_keys,
     "gosshd probe 127.0.0.1:2222": command_probe,
