@@ -14,7 +14,6 @@ import socket
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +30,7 @@ from .lifecycle import Cause
 from .limits import SessionClock
 from .places import ForbiddenError, check_asked, check_found, check_path, is_address
 from .process import Descriptor
+from .threads import in_thread
 from .userauth import Entrance
 from .wire import Watched
 
@@ -45,9 +45,6 @@ LOOPBACK = ("127.0.0.1", "::1")
 
 LOOKUPS = 4
 """Names and paths that one connection may wait for at a time; each holds a thread."""
-
-_threads = ThreadPoolExecutor(32, thread_name_prefix="forward")
-"""Not the loop's own: with slow names a client would keep everybody from logging in."""
 
 
 # -- the channel ----------------------------------------------------------------------------------
@@ -192,18 +189,15 @@ class Forwards(Entrance):
         self._lookups = asyncio.Semaphore(LOOKUPS)
         self._answering: set[asyncio.Future[bool]] = set()
 
-    async def _in_thread(self, action: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    async def _in_thread(self, action: Callable[[], Any]) -> Any:
         """Do what may take its time. A thread that we no longer wait for still counts."""
         await self._lookups.acquire()
-        loop = asyncio.get_running_loop()
-        work: Future[Any] = _threads.submit(action, *args, **options)
-
-        def over(_: object) -> None:
-            with suppress(RuntimeError):  # the loop has ended before
-                loop.call_soon_threadsafe(self._lookups.release)
-
-        work.add_done_callback(over)
-        return await asyncio.wrap_future(work)
+        try:
+            work = in_thread(action, self._lookups.release)
+        except BaseException:
+            self._lookups.release()
+            raise
+        return await work
 
     @property
     def who(self) -> dict[str, object]:
@@ -289,7 +283,9 @@ class Forwards(Entrance):
         """Connect to the first address that answers, but only to those that may be."""
         account, login = self._entitled
         loop = asyncio.get_running_loop()
-        found = await self._in_thread(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+        found = await self._in_thread(
+            lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        )
         error: Exception = OSError(errno.EHOSTUNREACH, os.strerror(errno.EHOSTUNREACH))
         for family, kind, protocol, _, address in dict.fromkeys(found):
             try:
@@ -332,7 +328,7 @@ class Forwards(Entrance):
                 raise
             return sock
 
-        sock: socket.socket = await self._in_thread(as_user, account.run_as, connect)
+        sock: socket.socket = await self._in_thread(lambda: as_user(account.run_as, connect))
         return sock
 
     # -- we listen for the client: tcpip-forward, streamlocal-forward -----------------------------
@@ -449,7 +445,9 @@ class Forwards(Entrance):
                 raise ForbiddenError(f"{path} is listened on already")
             self._room()
             async with asyncio.timeout(CONNECT_TIMEOUT):
-                bound = await self._in_thread(as_user, account.run_as, lambda: _bind_path(path))
+                bound = await self._in_thread(
+                    lambda: as_user(account.run_as, lambda: _bind_path(path))
+                )
         except ForbiddenError as exc:
             self.forbidden(str(exc), kind="streamlocal-forward", listen=path)
             return False
@@ -502,7 +500,7 @@ class Forwards(Entrance):
             return _bind_path(f"{tempfile.mkdtemp(prefix='gosshd-agent-')}/agent.sock")
 
         try:
-            bound = await self._in_thread(as_user, account.run_as, make)
+            bound = await self._in_thread(lambda: as_user(account.run_as, make))
         except OSError as exc:
             self.forbidden(f"cannot listen: {_why(exc)}", kind="auth-agent")
             return False
@@ -572,7 +570,8 @@ class Listener:
             self._loop.remove_reader(sock.fileno())
             sock.close()
         if self._bound is not None:
-            _threads.submit(as_user, self._run_as, self._remove)
+            with suppress(OSError):
+                in_thread(lambda: as_user(self._run_as, self._remove), lambda: None)
 
     def _remove(self) -> None:
         """The socket's file, if it is still ours: a new tunnel may have put its own there."""

@@ -15,7 +15,7 @@ PACKAGE = Path(gosshd_py.__file__).parent
 ROWS = (
     {"lifecycle", "config", "logs"},
     {"process", "modes", "requests", "session", "hostkeys", "listen", "names", "passwords"},
-    {"places", "fsuser", "sftp", "wire"},
+    {"places", "fsuser", "sftp", "wire", "threads"},
     {"authorized_keys", "accounts", "limits", "local", "pidfile"},
     {"authentication", "checks", "flow", "pty", "pipes"},
     {"transport", "command", "load", "channel", "explain"},

@@ -298,6 +298,9 @@ def test_slow_names_keep_nobody_from_logging_in(serve: Serve) -> None:
             conn.abort()
 
     run(ask())
+    began = time.monotonic()
+    assert server.stop() == 0  # nor the server from ending
+    assert time.monotonic() - began < 3
 
 
 def test_rules_for_listeners_are_matched_as_they_are_asked(serve: Serve) -> None:
