@@ -18,6 +18,8 @@ from pathlib import Path
 
 import asyncssh
 
+from .places import parse_place
+
 MAX_FILE = 1024 * 1024
 """Bytes of one file; a longer one is not read."""
 
@@ -282,10 +284,8 @@ class _Options:
             raise ValueError(f"the option {name}= has an empty entry")
         return items
 
-    def _places(self, name: str, check: Callable[[str], object]) -> tuple[str, ...] | None:
-        for text in self.values.get(name, ()):
-            check(text)
-        return tuple(self.values[name]) if name in self.values else None
+    def _places(self, name: str, parse: Callable[[str], str]) -> tuple[str, ...] | None:
+        return tuple(map(parse, self.values[name])) if name in self.values else None
 
 
 _REPEATABLE = ("environment", "expiry-time", "permitopen", "permitlisten")
@@ -299,16 +299,18 @@ def _environment(text: str) -> tuple[str, str]:
     return name, value
 
 
-def parse_permit_open(text: str) -> tuple[str, str]:
-    """Take HOST:PORT of permitopen= apart; either may be *. Raises ValueError."""
-    match = re.fullmatch(r"(?:\[([^\[\]\s]+)\]|([^\[\]:\s/]+)):(\*|[0-9]{1,5})", text)
-    if match is None or (match[3] != "*" and not 0 < int(match[3]) <= 65535):
-        raise ValueError("the option permitopen= needs HOST:PORT or [IPV6]:PORT; either may be *")
-    return match[1] or match[2], match[3]
+def parse_permit_open(text: str) -> str:
+    """Check HOST:PORT of permitopen=; either may be *. Raises ValueError."""
+    try:
+        return parse_place(text).text
+    except ValueError:
+        raise ValueError(
+            "the option permitopen= needs HOST:PORT or [IPV6]:PORT; either may be *"
+        ) from None
 
 
-def parse_permit_listen(text: str) -> tuple[str, str]:
-    """Take [HOST:]PORT of permitlisten= apart; no host means any. Raises ValueError."""
+def parse_permit_listen(text: str) -> str:
+    """Check [HOST:]PORT of permitlisten=; no host means any, so *:PORT. Raises ValueError."""
     try:
         return parse_permit_open(text if ":" in text else f"*:{text}")
     except ValueError:

@@ -43,6 +43,9 @@ BACKLOG = 128
 
 LOOPBACK = ("127.0.0.1", "::1")
 
+LAST_INPUT = 5.0
+"""Seconds for a target to take what the client has sent before its CLOSE."""
+
 LOOKUPS = 4
 """Names and paths that one connection may wait for at a time; each holds a thread."""
 
@@ -112,15 +115,18 @@ class Forward(Flow, asyncssh.SSHTCPSession[bytes]):
         out = self._loop.create_task(self._copy_out(descriptor))
         into = self._loop.create_task(self._copy_in(descriptor))
         both: asyncio.Future[Any] = asyncio.gather(out, into)
+        both.add_done_callback(
+            lambda ends: ends.cancelled() or ends.exception()
+        )  # an end, no error
         try:
             await asyncio.wait((both, self.ended), return_when=asyncio.FIRST_COMPLETED)
             if not both.done() and self.ended.result() is Cause.CLIENT_CLOSED:
-                await asyncio.wait((into,), timeout=0.2)  # what it sent before its CLOSE
+                await asyncio.wait((into,), timeout=LAST_INPUT)
         finally:
             clock.stop()
-            both.cancel()
-            with suppress(OSError, asyncio.CancelledError):
-                await both
+            for copier in (out, into):
+                copier.cancel()
+            await asyncio.wait((out, into))
             descriptor.close()
             await self._close()
 

@@ -495,6 +495,46 @@ def test_the_key_must_allow_it_too(serve: Serve, echo: int, key: Key) -> None:
         assert (listens.returncode == 0) == (allowed or "permitopen" in options)
 
 
+def test_the_keys_rules_for_listeners(serve: Serve, key: Key) -> None:
+    port = free_port()
+    for options, allowed in (
+        (f'permitlisten="{port}"', True),
+        (f'permitlisten="127.0.0.1:{port}"', True),
+        (f'permitlisten="localhost:{port}"', True),
+        ('permitlisten="*"', True),
+        ('permitlisten="1"', False),
+        (f'permitlisten="10.0.0.1:{port}"', False),
+        (f'permitlisten="*.lab:{port}"', False),  # not understood: the key is off
+    ):
+        account = {"permit_listen": ["*:*"], "authorized_keys": [key.line(options)]}
+        server = serve(accounts={"alice": account})
+        listens = server.ssh("-o", "ExitOnForwardFailure=yes", "-R", f"{port}:127.0.0.1:1", "-i", str(key.file), "HOST", "true", user="alice")  # fmt: skip
+        assert (listens.returncode == 0) == allowed, (options, listens)
+
+
+def test_what_was_sent_before_the_end_reaches_a_slow_target(serve: Serve) -> None:
+    server = serve(permit_open=["127.0.0.1:*"])
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        target = listener.getsockname()[1]
+
+        async def send_and_leave() -> int:
+            import asyncio
+
+            async with await server.connect() as conn:
+                _, writer = await conn.open_connection("127.0.0.1", target, encoding=None)
+                there, _ = listener.accept()
+                writer.write(b"x" * 500_000)
+                await writer.drain()
+                writer.close()
+                await asyncio.sleep(0.7)
+                data = await asyncio.to_thread(read_all, there)
+                there.close()
+                return len(data)
+
+        assert run(send_and_leave()) == 500_000
+
+
 def test_cancelling(serve: Serve, echo: int) -> None:
     port = free_port()
     server = serve(permit_listen=[f"127.0.0.1:{port}"])

@@ -422,3 +422,30 @@ def test_an_unknown_client_of_our_sftp_server_ends_it(tmp_path: Path) -> None:
     for garbage in (b"", b"\x00\x00\x00\x05\x01\x00\x00\x00\x03" + b"\xff" * 100, b"\xff" * 1000):
         result = subprocess.run([sys.executable, "-m", "gosshd_py.sftp"], input=garbage, capture_output=True, cwd=ROOT, check=False, timeout=20)  # fmt: skip
         assert b"Traceback" not in result.stderr, result.stderr
+
+
+@needs("rsync")
+def test_the_readmes_backup_through_a_tunnel(serve: Serve, tmp_path: Path) -> None:
+    """rsync to a daemon that only the server reaches, by an account that can do nothing else."""
+    vault, at, port = tmp_path / "vault", free_port(), free_port()
+    vault.mkdir()
+    (tmp_path / "rsyncd.conf").write_text(
+        f"use chroot = no\n[backup]\npath = {vault}\nread only = no\nuid = {os.geteuid()}\ngid = {os.getegid()}\n"
+    )
+    (tmp_path / "home").mkdir()
+    big(tmp_path / "home" / "file", 4 * MIB)
+    argv = ["rsync", "--daemon", "--no-detach", f"--port={at}", "--address=127.0.0.1", f"--config={tmp_path}/rsyncd.conf"]  # fmt: skip
+    daemon = subprocess.Popen(argv, stdin=subprocess.DEVNULL)
+    key = Key(tmp_path / "keys")
+    account = {"shell": False, "authorized_keys": [key.public], "permit_open": [f"127.0.0.1:{at}"]}
+    server = serve(accounts={"backup": account})
+    try:
+        dial(at).close()
+        with tunnel(server, "-i", str(key.file), "-L", f"{port}:127.0.0.1:{at}", user="backup"):
+            dial(port).close()
+            url = f"rsync://127.0.0.1:{port}/backup/"
+            subprocess.run(["rsync", "-a", f"{tmp_path}/home/", url], check=True, timeout=30)
+    finally:
+        daemon.terminate()
+        daemon.wait(10)
+    assert digest(vault / "file") == digest(tmp_path / "home" / "file")
