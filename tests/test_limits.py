@@ -606,11 +606,15 @@ def with_a_bystander(server: Served, attack: Callable[[], Any], grows: int = 32 
     """The attack may neither slow a bystander's echo nor cost much memory, and leaves nothing."""
     server.ssh("true")
     before = server.stats()
-    server.ask("lag")
-    delays = run(Bystander(server).watch(attack))
-    worst = server.ask("lag")["worst"]
+    worst = []
+    # A virtual machine stops for 50 ms now and then, in any system call. What an attack causes, it
+    # causes each time.
+    while not worst or (worst[-1] >= 0.05 and len(worst) < 3):
+        server.ask("lag")
+        delays = run(Bystander(server).watch(attack))
+        worst.append(server.ask("lag")["worst"])
     # What the server makes others wait is what counts; the client's own process is attacking.
-    assert worst < 0.05, worst
+    assert worst[-1] < 0.05, worst
     assert sorted(delays)[len(delays) // 2] < 0.05
     wait_for("the attacker's end", lambda: server.stats()["connections"] == 0)
     after = server.stats()
