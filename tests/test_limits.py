@@ -606,7 +606,7 @@ def with_a_bystander(server: Served, attack: Callable[[], Any], grows: int = 32 
     """The attack may neither slow a bystander's echo nor cost much memory, and leaves nothing."""
     server.ssh("true")
     before = server.stats()
-    worst = []
+    worst: list[float] = []
     # A virtual machine stops for 50 ms now and then, in any system call. What an attack causes, it
     # causes each time.
     while not worst or (worst[-1] >= 0.05 and len(worst) < 3):
