@@ -91,7 +91,7 @@ class Connection(Forwards):
     # -- RFC 4254 -----------------------------------------------------------------------------
 
     def session_requested(self) -> tuple[SessionChannel, Channel]:
-        """A session channel (RFC 4254 §6.1). Every other kind is refused by asyncssh's defaults."""
+        """A session channel (RFC 4254 §6.1). Forwards are forward.py's; other kinds are refused."""
         account = self._permitted.account
         if self._shared.stopping:
             raise asyncssh.ChannelOpenError(asyncssh.OPEN_CONNECT_FAILED, self._shared.stopping)

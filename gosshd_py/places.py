@@ -103,10 +103,8 @@ def _is_special(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
         inner = [ip.sixtofour, *(ip.teredo or ())]
         if any(_is_special(address) for address in inner if address is not None):
             return True
-    return (
-        *(ip.is_loopback, ip.is_link_local, ip.is_unspecified, ip.is_multicast, ip.is_reserved),
-        any(ip in network for network in _SPECIAL if network.version == ip.version),
-    ).count(True) > 0
+    known = (ip.is_loopback, ip.is_link_local, ip.is_unspecified, ip.is_multicast, ip.is_reserved)
+    return any(known) or any(ip in network for network in _SPECIAL if network.version == ip.version)
 
 
 def check_asked(kind: str, account: Collection[str], key: Collection[str] | None, host: str, port: int) -> str:  # fmt: skip
