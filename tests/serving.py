@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -46,6 +46,16 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def end_client(client: subprocess.Popen[bytes], seconds: float = 10.0) -> None:
+    """End the real client by SIGTERM: more than one, as it misses one that comes just before poll(2)."""
+    deadline = time.monotonic() + seconds
+    while client.poll() is None:
+        assert time.monotonic() < deadline, f"still there after {seconds} s of SIGTERM"
+        client.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            client.wait(0.2)
 
 
 class Served:

@@ -21,7 +21,7 @@ import pytest
 from gosshd_py.places import ForbiddenError, check_found
 
 from .keys import Key
-from .serving import MIB, Served, run, wait_for
+from .serving import MIB, Served, end_client, run, wait_for
 from .test_logs import documented_fields
 
 Serve = Callable[..., Served]
@@ -69,7 +69,7 @@ def tunnel(
     try:
         yield client
     finally:
-        client.terminate()
+        end_client(client)
         client.communicate(timeout=10)
 
 

@@ -7,6 +7,8 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import asyncssh
@@ -148,6 +150,18 @@ def send_request(channel: paramiko.Channel, name: str, *fields: str) -> None:
     channel.transport._send_user_message(message)
 
 
+@contextmanager
+def in_one_piece(transport: paramiko.Transport) -> Iterator[None]:
+    """Send packets at once: one by one, the last would reach a channel that has ended meanwhile."""
+    packetizer, pieces = transport.packetizer, []
+    packetizer.write_all = pieces.append
+    try:
+        yield
+    finally:
+        del packetizer.write_all
+    packetizer.write_all(b"".join(pieces))
+
+
 @pytest.mark.parametrize(
     "request_name",
     ["window-change", "signal", "break", "pty-req", "env", "exec", "x11-req", "subsystem"],
@@ -241,9 +255,10 @@ def test_thousands_of_requests_behind_a_start_are_answered(
     """asyncssh answers them recursively: they used to end in a RecursionError."""
     with server.paramiko() as transport:
         channel = transport.open_session(timeout=10)
-        send_request(channel, kind, argument)
-        for _ in range(3000):
-            send_request(channel, "nonsense@example.org")
+        with in_one_piece(transport):
+            send_request(channel, kind, argument)
+            for _ in range(3000):
+                send_request(channel, "nonsense@example.org")
         channel.settimeout(10)
         assert channel.makefile().read() == (b"ran\n" if kind == "exec" else b"")
         wait_for("the channel's end", lambda: channel.closed)

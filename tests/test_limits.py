@@ -27,7 +27,7 @@ from gosshd_py.limits import Penalties, source_of
 from gosshd_py.listen import refusal
 
 from .keys import PASSWORD, hashed
-from .serving import MIB, Served, run, wait_for
+from .serving import MIB, Served, end_client, run, wait_for
 
 Serve = Callable[..., Served]
 
@@ -96,8 +96,7 @@ def test_those_who_are_in_do_not_count(serve: Serve) -> None:
     client = subprocess.Popen(server.ssh_argv("-N", "HOST"))
     wait_for("the login", lambda: server.events("authentication accepted"))
     assert server.ssh("true").returncode == 0
-    client.terminate()
-    client.wait(10)
+    end_client(client)
 
 
 def test_a_refusal_is_an_ssh_packet() -> None:

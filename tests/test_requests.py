@@ -19,7 +19,7 @@ import paramiko
 import pytest
 from paramiko import common
 
-from .serving import Served, alive, run, wait_for
+from .serving import Served, alive, end_client, run, wait_for
 
 
 class Raw:
@@ -363,8 +363,7 @@ def test_ssh_without_a_session_is_kept_and_ends_cleanly(server: Served) -> None:
     client = subprocess.Popen(server.ssh_argv("-N", "HOST"))
     wait_for("the login", lambda: server.stats()["connections"] == 1)
     assert client.poll() is None
-    client.terminate()
-    client.wait(5)
+    end_client(client)
     wait_for("its line", lambda: server.events("connection closed")[-1]["sessions"] == 0)
 
 
