@@ -14,13 +14,12 @@ from typing import Protocol
 
 import asyncssh
 import structlog
-from asyncssh.packet import PacketDecodeError, SSHPacket
 
-from .flow import MAX_PACKET, WINDOW, Flow, FlowHost
+from .flow import Flow, FlowHost
 from .lifecycle import Cause, ExitStatus, SpawnError, Start, Terminal, WindowSize
 from .modes import parse_modes
 from .requests import SIGNALS, env_allowed, parse_size, parse_term
-from .wire import Watched
+from .wire import SessionWire
 
 log = structlog.get_logger()
 
@@ -33,12 +32,6 @@ CLOSE_TIMEOUT = 1.0
 REFUSAL_DELAY = 0.05
 """Seconds from a refusal's words to the refusal. The OpenSSH client exits when it reads the latter
 and forgets what it has not yet shown, so they must not come in one piece."""
-
-_OVERRIDDEN = (
-    *(f"_process_{name}_request" for name in ("pty_req", "env", "shell", "exec", "subsystem")),
-    *("_service_next_request", "_report_response"),
-    "_process_auth_agent_req_at_openssh_dot_com_request",
-)
 
 
 class RunningProgram(Protocol):
@@ -72,84 +65,6 @@ class Host(FlowHost, Protocol):
     def channel_done(self, channel: Channel) -> None: ...
 
 
-# -- the wire: what asyncssh's public callbacks cannot see or refuse ---------------------------
-
-
-class SessionChannel(Watched, asyncssh.SSHServerChannel[bytes]):
-    """asyncssh's channel with the requests answered that it accepts unseen or disconnects for.
-
-    asyncssh calls these methods by name, so a renamed one would silently open what is closed
-    here; the check below refuses to run on such a version.
-    """
-
-    def __init__(self, conn: asyncssh.SSHServerConnection, channel: Channel) -> None:
-        loop = asyncio.get_running_loop()
-        super().__init__(
-            conn, loop, allow_pty=True, line_editor=False, line_echo=False, line_history=0,
-            max_line_length=0, encoding=None, errors="strict", window=WINDOW, max_pktsize=MAX_PACKET,
-        )  # fmt: skip
-        self.channel = self.flow = channel
-        self._servicing = False
-
-    def _process_pty_req_request(self, packet: SSHPacket) -> bool:
-        term = packet.get_string()
-        sizes = [packet.get_uint32() for _ in range(4)]
-        modes = packet.get_string()
-        packet.check_end()
-        return self.channel.pty_req(term, sizes, modes)
-
-    def _process_env_request(self, packet: SSHPacket) -> bool:
-        name, value = packet.get_string(), packet.get_string()
-        packet.check_end()
-        return self.channel.env_req(name, value)
-
-    def _process_auth_agent_req_at_openssh_dot_com_request(self, packet: SSHPacket) -> None:
-        packet.check_end()
-        self.channel.agent_req()
-
-    def _service_next_request(self) -> None:
-        # asyncssh comes back here from within, once for each waiting request: a few hundred
-        # behind one start are deeper than Python's stack, so we loop. A request without its
-        # fields is refused; asyncssh would end the connection.
-        if self._servicing:
-            return
-        self._servicing, head = True, None
-        try:
-            while self._request_queue and self._request_queue[0] is not head:
-                head = self._request_queue[0]  # still there afterwards: its answer follows later
-                try:
-                    super()._service_next_request()
-                except PacketDecodeError:
-                    self._report_response(False)
-        finally:
-            self._servicing = False
-
-    # None, for asyncssh: the answer follows. Its own types lack that.
-    def _process_shell_request(self, packet: SSHPacket) -> bool | None:  # type: ignore[override]
-        packet.check_end()
-        return self.channel.start("shell")
-
-    def _process_exec_request(self, packet: SSHPacket) -> bool | None:  # type: ignore[override]
-        command = packet.get_string()
-        packet.check_end()
-        return self.channel.start("exec", command)
-
-    def _process_subsystem_request(self, packet: SSHPacket) -> bool | None:  # type: ignore[override]
-        subsystem = packet.get_string()
-        packet.check_end()
-        return self.channel.start("subsystem", subsystem)
-
-    def answer(self, accepted: bool) -> None:
-        """Answer the request that waits for it."""
-        if not self.is_closing():
-            self._report_response(accepted)
-
-
-for _name in _OVERRIDDEN:
-    if not hasattr(asyncssh.SSHServerChannel, _name):
-        raise ImportError(f"asyncssh {asyncssh.__version__} is not supported: it has no {_name}")
-
-
 class Channel(Flow, asyncssh.SSHServerSession[bytes]):
     """One session channel. See session.Channel for what its parts promise.
 
@@ -157,7 +72,7 @@ class Channel(Flow, asyncssh.SSHServerSession[bytes]):
     channel (it sends the packets) is `wire`.
     """
 
-    wire: SessionChannel
+    wire: SessionWire
 
     def __init__(self, host: Host) -> None:
         super().__init__(host)
@@ -248,6 +163,7 @@ class Channel(Flow, asyncssh.SSHServerSession[bytes]):
         """Nothing can follow on this channel; close() would wait for a full window."""
         self.wire.abort()
         self.host.channel_done(self)
+        self.end(Cause.CLIENT_CLOSED)
 
     def _refuse(self, request: str, reason: str) -> bool:
         self.host.request_refused(request, reason)

@@ -59,7 +59,7 @@ def facts_of(request: Start) -> dict[str, object]:
         "kind": request.kind,
         "command": request.command.decode("utf-8", "backslashreplace") or None,
         "pty": size is not None,
-        "size": f"{size.columns}x{size.rows}" if size else None,
+        "size": str(size) if size else None,
     }
 
 

@@ -6,23 +6,24 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import asyncssh
 import structlog
 from asyncssh.packet import PacketDecodeError
 
 from .authentication import Authenticator, Login
-from .channel import Channel, SessionChannel
+from .channel import Channel
 from .command import command_of, greeting_of, prepare_home
 from .config import Config
 from .flow import Flow
 from .forward import Forwards
-from .lifecycle import Cause, SpawnError, Start
+from .lifecycle import Cause, SpawnError, Start, Trace
 from .limits import Admission, SessionCounts, Sessions
 from .pipes import PipeProgram
 from .pty import PtyProgram
 from .session import Program
+from .wire import SessionWire
 
 log = structlog.get_logger()
 
@@ -83,14 +84,16 @@ class Connection(Forwards):
     def pause_writing(self) -> None:
         """TCP is full."""
         self.transport_open.clear()
+        self.trace("tcp.paused")
 
     def resume_writing(self) -> None:
         """TCP takes more."""
         self.transport_open.set()
+        self.trace("tcp.resumed")
 
     # -- RFC 4254 -----------------------------------------------------------------------------
 
-    def session_requested(self) -> tuple[SessionChannel, Channel]:
+    def session_requested(self) -> tuple[SessionWire, Channel]:
         """A session channel (RFC 4254 §6.1). Forwards are forward.py's; other kinds are refused."""
         account = self._permitted.account
         if self._shared.stopping:
@@ -102,7 +105,7 @@ class Connection(Forwards):
             self.limit_hit(limit)
             raise asyncssh.ChannelOpenError(asyncssh.OPEN_RESOURCE_SHORTAGE, words)
         channel = Channel(self)
-        channel.wire = SessionChannel(self.conn, channel)
+        channel.wire = SessionWire(self.conn, channel)
         self._places.opened(channel)
         self.limit_time(0)
         return channel.wire, channel
@@ -149,8 +152,9 @@ class Connection(Forwards):
         try:
             if self._shared.stopping:
                 raise SpawnError(self._shared.stopping)
-            program = self._spawn(request)
+            program = self._spawn(request, channel.trace)
         except SpawnError as exc:
+            channel.trace("program.failed", reason=str(exc))
             self.log_seldom(
                 logging.WARNING, str(Cause.SPAWN_FAILED), kind=request.kind, reason=str(exc)
             )
@@ -164,9 +168,10 @@ class Connection(Forwards):
         """The message of the day, for a shell on a terminal."""
         return greeting_of(self._permitted, request)
 
-    def _spawn(self, request: Start) -> PtyProgram | PipeProgram:
+    def _spawn(self, request: Start, trace: Trace) -> PtyProgram | PipeProgram:
         permitted = (*self.config.accept_env, *self.config.permit_user_environment)
         command = command_of(self._permitted, request, self.ends, permitted, self.agent)
+        command = replace(command, trace=trace)
         grace = self.config.hangup_grace
         if request.terminal is not None:
             return PtyProgram.spawn(command, request.terminal, grace)

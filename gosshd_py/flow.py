@@ -12,16 +12,10 @@ from typing import Any, Protocol
 
 import asyncssh
 
-from .lifecycle import Cause
-
-WINDOW = 1024 * 1024
-"""Bytes that a client may send ahead of what takes them."""
+from .lifecycle import SILENT, Cause, Trace
 
 INPUT_HIGH = 64 * 1024
 """Bytes of input held before reading from the channel stops."""
-
-MAX_PACKET = 32 * 1024
-"""Bytes of data in a packet to us."""
 
 
 class FlowHost(Protocol):
@@ -100,6 +94,7 @@ class Flow:
     """
 
     wire: Any
+    trace: Trace = SILENT
 
     def __init__(self, host: FlowHost) -> None:
         self._loop = asyncio.get_running_loop()
@@ -110,6 +105,11 @@ class Flow:
         self.stdin = ChannelInput(self)
         self.outputs = (ChannelOutput(self), ChannelOutput(self, asyncssh.EXTENDED_DATA_STDERR))
         self.ended: asyncio.Future[Cause] = self._loop.create_future()
+
+    @property
+    def has_terminal(self) -> bool:
+        """Whether a person may be reading."""
+        return False
 
     def connection_made(self, chan: Any) -> None:
         """Wait for an empty buffer after each write: low and high water are both zero."""
@@ -128,10 +128,12 @@ class Flow:
     def pause_writing(self) -> None:
         """The client's window is full."""
         self._window_open.clear()
+        self.trace("window.paused")
 
     def resume_writing(self) -> None:
         """All output fits the client's window."""
         self._window_open.set()
+        self.trace("window.resumed")
 
     async def writable(self) -> None:
         """Wait until window and TCP both take more, or the connection has ended."""

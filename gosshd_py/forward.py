@@ -24,7 +24,7 @@ from asyncssh.channel import SSHAgentChannel
 
 from .accounts import Account
 from .authentication import Login
-from .flow import MAX_PACKET, WINDOW, Flow
+from .flow import Flow
 from .fsuser import as_user
 from .lifecycle import Cause
 from .limits import SessionClock
@@ -32,7 +32,7 @@ from .places import ForbiddenError, check_asked, check_found, check_path, is_add
 from .process import Descriptor
 from .threads import in_thread
 from .userauth import Entrance
-from .wire import Watched
+from .wire import MAX_PACKET, WINDOW, Watched
 
 log = structlog.get_logger()
 
@@ -68,12 +68,10 @@ class AgentWire(Watched, SSHAgentChannel):
 class Forward(Flow, asyncssh.SSHTCPSession[bytes]):
     """One forward: a channel and a socket, and the copying between them."""
 
-    has_terminal = False
-
     def __init__(self, host: Forwards, wire: type[Any], sock: socket.socket | None = None, **facts: object) -> None:  # fmt: skip
         super().__init__(host)
         self.wire = wire(host.conn, self._loop, None, "strict", WINDOW, MAX_PACKET)
-        self.wire.flow = self
+        self.wire.carry(self)
         self._forwards = host
         self._sock = sock
         self._facts = facts
@@ -104,13 +102,14 @@ class Forward(Flow, asyncssh.SSHTCPSession[bytes]):
 
     def session_started(self) -> None:
         """The channel is open."""
+        self.trace("forward.started", **self._facts)
         log.info("forward opened", **self._forwards.who, **self._facts)
         self._task = self._loop.create_task(self._run())
 
     async def _run(self) -> None:
         assert self._sock is not None  # noqa: S101
         self._sock.setblocking(False)
-        descriptor = Descriptor(self._sock.fileno(), self._sock.close)
+        descriptor = Descriptor(self._sock.fileno(), self._sock.close, self.trace, "socket")
         clock = SessionClock(self, self._forwards.config, self._forwards.limit_hit)
         out = self._loop.create_task(self._copy_out(descriptor))
         into = self._loop.create_task(self._copy_in(descriptor))
@@ -154,6 +153,7 @@ class Forward(Flow, asyncssh.SSHTCPSession[bytes]):
                 await self.wire.wait_closed()
         self.wire.abort()
         seconds = round(time.monotonic() - self._began, 3)
+        self.trace("forward.completed", **self._bytes)
         log.info(
             "forward closed", **self._forwards.who, **self._facts, **self._bytes, seconds=seconds
         )
@@ -225,6 +225,7 @@ class Forwards(Entrance):
 
     def forbidden(self, reason: str, **facts: object) -> None:
         """Log a forward that is not made; many of one kind get few lines."""
+        self.trace("forward.failed", reason=reason, **facts)
         self._admission.throttle.log(
             logging.WARNING, "forward refused", (self.peer, reason), **self.who, **facts, reason=reason
         )  # fmt: skip
@@ -368,8 +369,7 @@ class Forwards(Entrance):
 
         self._listeners[host, real] = Listener(sockets, accept)
         self.limit_time(0)
-        facts = {"kind": "tcpip-forward", "listen": f"{host}:{real}", "rule": rule}
-        log.info("forward listening", **self.who, **facts)
+        self._listening(kind="tcpip-forward", listen=f"{host}:{real}", rule=rule)
         return real
 
     def _bind_hosts(self, host: str, port: int) -> tuple[list[str], str]:
@@ -474,10 +474,12 @@ class Forwards(Entrance):
             return False
         self._listeners[path] = listener
         self.limit_time(0)
-        log.info(
-            "forward listening", **self.who, kind="streamlocal-forward", listen=path, rule=rule
-        )
+        self._listening(kind="streamlocal-forward", listen=path, rule=rule)
         return True
+
+    def _listening(self, **facts: str) -> None:
+        self.trace("listener.opened", **facts)
+        log.info("forward listening", **self.who, **facts)
 
     def cancel_listen(self, key: tuple[str, int] | str) -> bool:
         """cancel-tcpip-forward and its like. False: there is none."""

@@ -28,6 +28,13 @@ def parse_modes(encoded: bytes) -> dict[int, int]:
     return modes
 
 
+def name_modes(modes: Mapping[int, int]) -> dict[str, int]:
+    """The modes by their names in RFC 4254 §8, or by their opcodes."""
+    flags = {opcode: name for opcode, (_, name) in _FLAGS.items()}
+    names = _CHARACTERS | flags | {128: "TTY_OP_ISPEED", 129: "TTY_OP_OSPEED"}
+    return {names.get(opcode, str(opcode)): value for opcode, value in modes.items()}
+
+
 def set_modes(fd: int, modes: Mapping[int, int]) -> None:
     """Apply the modes of a pty-req: {opcode: value} (RFC 4254 §8). Unknown ones are ignored."""
     attributes = termios.tcgetattr(fd)

@@ -36,8 +36,11 @@ class PipeProgram:
         self._child = child
         self._grace = grace
         self.ended: asyncio.Future[ExitStatus] = child.ended
-        self.stdin = PipeInput(stdin)
-        self.outputs = (Descriptor(stdout), Descriptor(stderr))
+        self.stdin = PipeInput(stdin, trace=child.trace, what="stdin")
+        self.outputs = (
+            Descriptor(stdout, trace=child.trace, what="stdout"),
+            Descriptor(stderr, trace=child.trace, what="stderr"),
+        )
 
     @classmethod
     def spawn(cls, command: Command, grace: float = 2.5) -> PipeProgram:
@@ -47,6 +50,7 @@ class PipeProgram:
             for _ in range(3):
                 fds += os.pipe()
             in_read, in_write, out_read, out_write, err_read, err_write = fds
+            command.trace("pipes.opened", stdin=in_write, stdout=out_read, stderr=err_read)
             child = spawn(
                 command, stdin=in_read, stdout=out_write, stderr=err_write, terminal=False
             )

@@ -12,11 +12,12 @@ import resource
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from .lifecycle import ExitStatus, SpawnError
+from .lifecycle import SILENT, ExitStatus, SpawnError, Trace
 
 CHUNK = 64 * 1024
 """Bytes per read at most, so that one loud session leaves the loop to the others."""
@@ -36,6 +37,7 @@ class Command:
     run_as: (uid, gid) to become, with that user's groups; None keeps the server's own.
     umask: octal digits; None keeps the server's own.
     rlimits: by their names in setrlimit(2) without RLIMIT_, small, and in its units.
+    trace: where to tell of the program's life.
     """
 
     argv: Sequence[str | bytes]
@@ -44,6 +46,7 @@ class Command:
     run_as: tuple[int, int] | None = None
     umask: str | None = None
     rlimits: Mapping[str, int] = field(default_factory=dict)
+    trace: Trace = SILENT
 
 
 # Runs in the child, so as the shell's user: a home that only that user may enter is no trouble.
@@ -75,6 +78,7 @@ def spawn(command: Command, *, stdin: int, stdout: int, stderr: int, terminal: b
     exports = [f"{name}=".encode() + value for name, value in command.client_env.items()]
     shell = ["/bin/sh", "-c", script, "sh"]
     argv = [*_become(command.run_as), *shell, *exports, "--", *command.argv]
+    began = time.monotonic()
     try:
         popen = subprocess.Popen(
             argv, env=command.env, stdin=stdin, stdout=stdout, stderr=stderr, start_new_session=True
@@ -83,11 +87,18 @@ def spawn(command: Command, *, stdin: int, stdout: int, stderr: int, terminal: b
         reason = exc.strerror if isinstance(exc, OSError) else str(exc)
         raise SpawnError(f"cannot start {os.fsdecode(program)}: {reason}") from exc
     try:
-        return Child(popen)
+        child = Child(popen, command.trace)
     except OSError as exc:
         popen.kill()
         popen.wait()
         raise SpawnError(f"cannot watch {os.fsdecode(program)}: {exc.strerror}") from exc
+    child.trace(
+        "program.spawned",
+        pid=child.pid, pgid=lambda: os.getpgid(child.pid), sid=lambda: os.getsid(child.pid),
+        argv=command.argv, terminal=command.env.get("SSH_TTY") if terminal else None,
+        us=int((time.monotonic() - began) * 1e6),
+    )  # fmt: skip
+    return child
 
 
 _ULIMIT = {
@@ -155,9 +166,10 @@ def reset_signals() -> None:
 class Child:
     """A running child. `ended` is done once it is reaped; until then its pid is ours to signal."""
 
-    __slots__ = ("_loop", "_pidfd", "_popen", "ended", "pid")
+    __slots__ = ("_loop", "_pidfd", "_popen", "ended", "pid", "trace")
 
-    def __init__(self, popen: subprocess.Popen[bytes]) -> None:
+    def __init__(self, popen: subprocess.Popen[bytes], trace: Trace = SILENT) -> None:
+        self.trace = trace
         self._popen = popen  # kept, or subprocess would reap the child behind our back
         self._loop = asyncio.get_running_loop()
         self.pid = popen.pid
@@ -176,6 +188,7 @@ class Child:
             ended = ExitStatus(signal=os.WTERMSIG(status), core_dumped=os.WCOREDUMP(status))
         else:
             ended = ExitStatus(code=os.WEXITSTATUS(status))
+        self.trace("program.reaped", pid=pid, status=status, ended=str(ended))
         self.ended.set_result(ended)
 
     def signal_group(self, number: int, pgid: int | None = None) -> None:
@@ -186,6 +199,8 @@ class Child:
         if not self.ended.done():
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(pgid or self.pid, number)
+                name = signal.Signals(number).name
+                self.trace("signal.sent", signal=name, pgid=pgid or self.pid)
 
     async def ends_within(self, seconds: float) -> bool:
         """Wait for the end, but not longer. Returns whether it has come."""
@@ -208,11 +223,24 @@ class Descriptor:
     the event loop is told before: a reader left behind would read another session's bytes.
     """
 
-    __slots__ = ("_close", "_loop", "_read_waiter", "_watched", "_write_waiter", "fd")
+    __slots__ = (
+        *("_asked", "_close", "_facts", "_loop", "_read_waiter", "_trace", "_watched"),
+        *("_write_waiter", "fd"),
+    )
 
-    def __init__(self, fd: int, close: Callable[[], object] | None = None) -> None:
+    def __init__(
+        self,
+        fd: int,
+        close: Callable[[], object] | None = None,
+        trace: Trace = SILENT,
+        what: str = "",
+        **asked: Callable[[], object],
+    ) -> None:
+        """Own fd. For its events, what it is, and what they tell of data beside the bytes."""
         os.set_blocking(fd, False)
         self.fd = fd
+        self._trace, self._facts = trace, {"fd": fd, "what": what}
+        self._asked = asked
         self._close = close or (lambda: os.close(fd))
         self._loop = asyncio.get_running_loop()
         self._watched = False
@@ -234,11 +262,16 @@ class Descriptor:
                 parts.append(data)
                 room -= len(data)
         except BlockingIOError:
-            return b"".join(parts) if parts else None
+            if not parts:
+                return None
         except OSError:
             if not parts:
                 raise
-        return b"".join(parts)
+        if data := b"".join(parts):
+            self._trace("output.read", bytes=len(data), data=data, **self._facts, **self._asked)
+        else:
+            self._trace("output.ended", why="EOF", **self._facts)
+        return data
 
     def readable(self) -> asyncio.Future[None]:
         """A future that is done when a read may bring something. One reader at a time."""
@@ -273,6 +306,7 @@ class Descriptor:
     async def write(self, data: bytes) -> None:
         """Write all of data, waiting whenever the other side is full. Raises OSError."""
         view = memoryview(data)
+        shown = self._echoes()
         while view:
             if self.fd < 0:
                 raise BrokenPipeError("closed")
@@ -280,13 +314,22 @@ class Descriptor:
                 view = view[os.write(self.fd, view) :]
             except BlockingIOError:
                 await self._writable()
+        # Whoever asks for a password turns the echo off before, and on again right after.
+        facts = {**self._facts, **self._asked, "echo": lambda: shown and self._echoes()}
+        self._trace("input.written", bytes=len(data), data=data, **facts)
+
+    def _echoes(self) -> object:
+        """Whether what is written can be shown: a terminal with its echo off reads a password."""
+        return self._asked["echo"]() if self._trace.tell and "echo" in self._asked else True
 
     async def _writable(self) -> None:
         self._write_waiter = waiter = self._loop.create_future()
         self._loop.add_writer(self.fd, _wake, waiter)
+        self._trace("input.paused", **self._facts)
         try:
             await waiter
         finally:
+            self._trace("input.resumed", **self._facts)
             if self.fd >= 0:
                 self._loop.remove_writer(self.fd)
 
@@ -298,6 +341,7 @@ class Descriptor:
         self._loop.remove_writer(self.fd)
         self.fd, self._watched = -1, False
         self._close()
+        self._trace("fd.closed", **self._facts)
         for waiter in (self._read_waiter, self._write_waiter):
             if waiter is not None:
                 _wake(waiter)

@@ -64,7 +64,11 @@ class PtyProgram:
         self._handle = handle
         self._child = child
         self._grace = grace
-        self._master = Descriptor(handle.fd, handle.fileobj.close)
+        self._master = Descriptor(
+            handle.fd, handle.fileobj.close, child.trace, "master",
+            foreground=lambda: os.tcgetpgrp(handle.fd),
+            echo=lambda: bool(self._attributes()[3] & termios.ECHO),
+        )  # fmt: skip
         self._late_bytes, self._late_seconds = LATE_BYTES, LATE_SECONDS
         self._line_open = False
         self.ended: asyncio.Future[ExitStatus] = child.ended
@@ -76,6 +80,7 @@ class PtyProgram:
 
         Adds TERM and SSH_TTY to the environment. Raises SpawnError.
         """
+        trace = command.trace
         try:
             master, slave = os.openpty()
         except OSError as exc:
@@ -90,14 +95,17 @@ class PtyProgram:
             # The pty-req's TERM counts, not one from an env request.
             client_env = {key: value for key, value in command.client_env.items() if key != "TERM"}
             started = replace(command, env=env, client_env=client_env)
+            trace("pty.opened", master=master, slave=slave, name=name, size=str(terminal.size))
             child = spawn(started, stdin=slave, stdout=slave, stderr=slave, terminal=True)
         except BaseException as exc:
             os.close(master)
+            trace("fd.closed", fd=master, what="master")
             if isinstance(exc, (OSError, termios.error)):
                 raise SpawnError(f"cannot set up the terminal: {exc.args[1]}") from exc
             raise
         finally:
             os.close(slave)
+            trace("fd.closed", fd=slave, what="slave")
         return cls(PtyHandle(child.pid, master), child, grace)
 
     @property
@@ -126,10 +134,14 @@ class PtyProgram:
                 if exc.errno != errno.EIO:
                     raise
                 if not await self._reopened():
-                    break
+                    return self._output_ended("EIO")
                 continue
             if data is not None:
-                return data if self._in_time(len(data)) else b""
+                return data if self._in_time(len(data)) else self._output_ended("late")
+        return self._output_ended("quiet")
+
+    def _output_ended(self, why: str) -> bytes:
+        self._child.trace("output.ended", why=why, fd=self._master.fd, what="master")
         return b""
 
     def _in_time(self, size: int) -> bool:
@@ -185,6 +197,7 @@ class PtyProgram:
             if veof == b"\0":
                 return  # the user has turned the character off (_POSIX_VDISABLE)
             await self.write(veof)
+            self._child.trace("veof.typed", character=veof)
             if not mode[3] & termios.ICANON:
                 return  # a raw program reads the character itself
             await self._input_taken()
@@ -224,6 +237,7 @@ class PtyProgram:
         """Set the size; the kernel tells the foreground group by SIGWINCH (RFC 4254 §6.7)."""
         if self._master.fd >= 0:
             set_size(self._master.fd, size)
+            self._child.trace("pty.resized", size=str(size), pgid=self._foreground)
 
     def send_signal(self, number: int) -> None:
         """Deliver a signal to the terminal's foreground process group (RFC 4254 §6.9)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import itertools
 from contextlib import suppress
 from typing import Self
 
@@ -17,7 +18,7 @@ from .command import facts_of
 from .config import Address, Config, ConfigError
 from .connection import Connection, Shared
 from .hostkeys import load_host_keys
-from .lifecycle import Cause, Start
+from .lifecycle import Cause, Start, Tell, Trace
 from .limits import SessionClock
 from .listen import BACKLOG, Door, open_sockets
 from .logs import log_loop_error
@@ -40,14 +41,18 @@ class Server:
     less than five seconds, whatever clients and programs do.
     """
 
-    def __init__(self, config: Config) -> None:
-        """Raises ConfigError for addresses that this configuration may not listen on."""
+    def __init__(self, config: Config, tell: Tell | None = None) -> None:
+        """Raises ConfigError for addresses that this configuration may not listen on.
+
+        tell: hears of every event of every connection.
+        """
         if problems := check_listen(config):
             raise ConfigError([f"listen: {problem}" for problem in problems])
         self.config = config
         self.addresses: list[Address] = []
         """Where it listens, with the real ports."""
         self.host_keys: list[asyncssh.SSHKey] = []
+        self._traces = (Trace(tell, number) for number in itertools.count(1))
         self._shared = Shared(self._run_session)
         self._stopping = False
         self._sessions: dict[asyncio.Task[None], Channel] = {}
@@ -91,13 +96,18 @@ class Server:
 
     def _enter(self, transport: asyncio.Transport) -> asyncio.Protocol | str:
         """Who takes a new connection over, or why nobody does."""
-        host: str = transport.get_extra_info("peername")[0]
+        trace = next(self._traces)
+        host, port = transport.get_extra_info("peername")[:2]
+        fd = transport.get_extra_info("socket").fileno
+        trace("tcp.accepted", peer=str(Address(host, port)), fd=fd)
         words = (
             SHUTDOWN_NOTICE
             if self._stopping
             else self._shared.admission.reason_to_refuse(self.config, host)
         )
-        return words or Transport(self._options)
+        if words:
+            trace("tcp.refused", reason=words)
+        return words or Transport(self._options, trace)
 
     @property
     def connections(self) -> set[Connection]:
@@ -128,22 +138,16 @@ class Server:
         log.info("session started", **facts)
         clock = SessionClock(channel, config, connection.limit_hit)
         try:
-            ending = await run_session(channel, program, drain_timeout=config.drain_timeout)
+            ending = await run_session(
+                channel, program, trace=channel.trace, drain_timeout=config.drain_timeout
+            )
         finally:
             clock.stop()
             connection.channel_done(channel)
         if ending.error is not None:
             log.error("session failed", peer=connection.peer, exc_info=ending.error)
-        log.info(
-            "session over",
-            **facts,
-            cause=str(ending.cause),
-            exit=str(ending.status) if ending.status else None,
-            bytes_in=ending.bytes_in,
-            bytes_out=ending.bytes_out,
-            seconds=round(ending.seconds, 3),
-            delivered=ending.delivered,
-        )
+        channel.trace("session.ended", **ending.facts)
+        log.info("session over", **facts, **ending.facts)
 
     def _session_over(self, task: asyncio.Task[None]) -> None:
         del self._sessions[task]

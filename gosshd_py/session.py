@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from contextlib import aclosing
 from typing import Any, Protocol
 
-from .lifecycle import Cause, Ending, Event, ExitStatus, Life, Listener, State
+from .lifecycle import SILENT, Cause, Ending, Event, ExitStatus, Life, State, Trace
 
 INPUT_GRACE = 0.2
 """Seconds in which a program may take what a client sent just before its CLOSE."""
@@ -77,7 +77,7 @@ async def run_session(
     channel: Channel,
     program: Program,
     *,
-    listener: Listener | None = None,
+    trace: Trace = SILENT,
     drain_timeout: float = 1800.0,
 ) -> Ending:
     """Carry bytes between channel and program to the first end, close both, tell how it went.
@@ -85,7 +85,10 @@ async def run_session(
     drain_timeout: seconds in which a client must accept some of what an ended program has left.
     An error in our own code ends the session like everything else and is in the result.
     """
-    life = Life(listener)
+    life = Life(trace)
+    # Whichever end comes first names the cause; the other one is then a consequence of it.
+    program.ended.add_done_callback(lambda end: life.blame(end.result().cause))
+    channel.ended.add_done_callback(lambda end: life.blame(end.result()))
     error: Exception | None = None
     delivered = False
     began = time.monotonic()
@@ -104,20 +107,21 @@ async def run_session(
         status = program.ended.result() if program.ended.done() else None
         await channel.aclose(status)
     life.advance(Event.CHANNEL_CLOSED)
-    cause, seconds = life.blame(Cause.ERROR), time.monotonic() - began
-    return Ending(cause, status, life.bytes_in, life.bytes_out, seconds, delivered, error)
+    seconds = time.monotonic() - began
+    return Ending(
+        life.cause or Cause.ERROR, status, life.bytes_in, life.bytes_out, seconds, delivered, error
+    )
 
 
 async def _carry(channel: Channel, program: Program, life: Life, drain_timeout: float) -> bool:
-    """Wait for the first end, name it, and leave no copier running. Returns whether all arrived."""
+    """Wait for the first end, and leave no copier running. Returns whether all arrived."""
     bridge = asyncio.create_task(_bridge(channel, program, life))
     try:
         await _first(bridge, program.ended, channel.ended)
         if program.ended.done():
-            life.blame(Cause.SIGNALLED if program.ended.result().signal else Cause.EXITED)
             life.advance(Event.PROGRAM_ENDED)
             await _drained(bridge, channel, life, drain_timeout)
-        elif channel.ended.done() and life.blame(channel.ended.result()) is Cause.CLIENT_CLOSED:
+        elif life.cause is Cause.CLIENT_CLOSED:
             await _first(bridge, within=INPUT_GRACE)
     finally:
         delivered = bridge.done()

@@ -9,14 +9,16 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import asyncssh
 from asyncssh.packet import PacketDecodeError, SSHPacket, String, UInt32
 
 from .authentication import SIGNATURES
 from .config import Config
+from .lifecycle import SILENT, Trace
 from .listen import IDENTIFICATION
+from .packets import Packets
 
 # The client's order decides (RFC 4253 §7.1). curve25519 stands first for dropbear, which sends a
 # guess along and, as the RFC says, counts it wrong when the first names differ; asyncssh does not.
@@ -76,10 +78,24 @@ class Transport(asyncssh.SSHServerConnection):
 
     _owner: Owner  # type: ignore[assignment]
 
-    def __init__(self, options: asyncssh.SSHServerConnectionOptions) -> None:
+    def __init__(self, options: asyncssh.SSHServerConnectionOptions, trace: Trace = SILENT) -> None:
+        self.trace = trace
+        self._packets = Packets(trace)
         super().__init__(asyncio.get_running_loop(), options)
         self._rekeys_left, self._rekeyed = float(REKEY_BURST), time.monotonic()
         self._rekey_timer: asyncio.TimerHandle | None = None
+        self._kex_began = 0.0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """TCP is open."""
+        self._tcp = transport
+        super().connection_made(transport)
+
+    def connection_lost(self, exc: Exception | None = None) -> None:
+        """TCP is closed, or, when asyncssh calls this itself, is to be closed."""
+        if self._tcp.is_closing():
+            self.trace("tcp.closed", fd=self._tcp.get_extra_info("socket").fileno())
+        super().connection_lost(exc)
 
     def pause_writing(self) -> None:
         """TCP is full: asyncssh's own handlers do nothing."""
@@ -108,6 +124,36 @@ class Transport(asyncssh.SSHServerConnection):
     async def reload_config(self) -> None:
         """Nothing: asyncssh would read OpenSSH's configuration files at each login."""
 
+    # -- what a trace shows ----------------------------------------------------------------------
+
+    def log_sent_packet(self, pkttype: int, pktid: int | None, packet: Any, note: str = "") -> None:
+        """A packet goes out that belongs to no channel."""
+        self._packets.sent(packet)
+
+    def log_received_packet(
+        self, pkttype: int, pktid: int | None, packet: Any, note: str = ""
+    ) -> None:
+        """One has come in."""
+        self._packets.received(packet.get_full_payload())
+
+    def _send_version(self) -> None:
+        super()._send_version()
+        self.trace("version.sent", text=self.get_extra_info("server_version"))
+
+    def send_newkeys(self, k: bytes, h: bytes) -> None:
+        """Our keys are known; what we send from here on is encrypted by them."""
+        kex, first = self._kex, not self._session_id
+        super().send_newkeys(k, h)
+        assert kex is not None  # noqa: S101  # it calls us
+        assert self._server_host_key is not None  # noqa: S101  # it has signed
+        names = ("send_cipher", "recv_cipher", "send_mac")
+        us = int((time.monotonic() - self._kex_began) * 1e6)
+        self.trace(
+            "kex.completed", first=first, us=us, kex=kex.algorithm.decode(), strict=self._strict_kex,
+            host_key=self._server_host_key.algorithm.decode(),
+            **{name: self.get_extra_info(name) for name in names},
+        )  # fmt: skip
+
     # -- key exchange (RFC 4253 §9) -----------------------------------------------------------
 
     def _send_kexinit(self) -> None:
@@ -116,6 +162,9 @@ class Transport(asyncssh.SSHServerConnection):
         self._rekeys_left, self._rekeyed = min(left, REKEY_BURST) - 1, now
         if self._rekeys_left < 0:
             raise asyncssh.ProtocolError("too many key exchanges")
+        if not self._session_id:
+            self.trace("version.received", text=self.get_extra_info("client_version"))
+        self._kex_began = now
         super()._send_kexinit()
         if self._rekey_timer is not None:
             self._rekey_timer.cancel()

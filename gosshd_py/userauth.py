@@ -15,6 +15,7 @@ from asyncssh.saslprep import SASLPrepError, saslprep
 from .accounts import find_account
 from .authentication import Authenticator, Login, RejectedError
 from .config import Address, Config
+from .lifecycle import Trace
 from .limits import Admission
 from .local import allowed_owner
 from .transport import Transport, Verify
@@ -54,6 +55,11 @@ class Entrance(asyncssh.SSHServer):
         self._timer: asyncio.TimerHandle | None = None
         self._reason = "by the client"
         """Why the connection has ended, if no error says it."""
+
+    @property
+    def trace(self) -> Trace:
+        """Where the events of this connection are told."""
+        return self.conn.trace
 
     @property
     def user(self) -> str | None:
@@ -112,6 +118,7 @@ class Entrance(asyncssh.SSHServer):
 
     def limit_hit(self, limit: str, **facts: object) -> None:
         """Log that a limit was reached."""
+        self.trace("limit.hit", limit=limit)
         self.log_seldom(logging.WARNING, "limit hit", limit=limit, **facts)
 
     def request_refused(self, request: str, reason: str) -> None:
@@ -176,6 +183,7 @@ class Entrance(asyncssh.SSHServer):
         self._failed = False
         self._admission.gone(self.host)
         self.limit_time(0)
+        self.trace("auth.completed", user=self.user, method=self.login.method)
         log.info(
             "authentication accepted", peer=self.peer, user=self.user, method=self.login.method,
             **self.login.facts,
@@ -183,6 +191,7 @@ class Entrance(asyncssh.SSHServer):
 
     async def _reject(self, method: str, exc: RejectedError, delay: float) -> bool:
         """Log a failed try and make its client wait for the answer."""
+        self.trace("auth.rejected", method=method, reason=str(exc))
         log.info(
             "authentication rejected", peer=self.peer, name=self._name, method=method,
             tries=self._tries, reason=str(exc), **exc.facts,

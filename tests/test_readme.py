@@ -18,9 +18,10 @@ import msgspec
 import pytest
 
 from gosshd_py.config import AccountSettings, AuthSettings, Config, ConfigError, Rlimits
-from gosshd_py.lifecycle import Cause, diagram
+from gosshd_py.lifecycle import Cause
 from gosshd_py.load import load_config
 
+from .documents import MADE, renewed
 from .serving import ROOT, Served, wait_for
 
 README = (ROOT / "README.md").read_text()
@@ -31,8 +32,9 @@ COMMANDS = [
 ]
 
 
-def test_the_diagram_is_the_table() -> None:
-    assert f"```mermaid\n{diagram()}\n```" in README
+@pytest.mark.parametrize("file", MADE)
+def test_what_the_documents_take_from_the_code_is_up_to_date(file: str) -> None:
+    assert (ROOT / file).read_text() == renewed(file), "run: python -m tests.documents"
 
 
 def test_every_cause_is_told() -> None:

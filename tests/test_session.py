@@ -10,9 +10,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gosshd_py import session
-from gosshd_py.lifecycle import TRANSITIONS, Cause, Event, ExitStatus, Life, State, diagram
+from gosshd_py.lifecycle import (
+    SILENT,
+    TRANSITIONS,
+    Cause,
+    Event,
+    ExitStatus,
+    Life,
+    State,
+    Trace,
+)
 from gosshd_py.session import run_session
 
+from .documents import diagram
 from .serving import run
 
 
@@ -90,16 +100,23 @@ class Scene:
     def __init__(self, *outputs: Stream, drain_timeout: float = 5) -> None:
         self.journal: list[str] = []
         self.states = [State.OPEN]
+        self.causes: list[tuple[str, Cause]] = []
         self.program = Program(self.journal, *outputs)
         self.channel = Channel(self.journal)
         self.task = asyncio.create_task(
             run_session(
                 self.channel,
                 self.program,
-                listener=lambda _, state: self.states.append(state),
+                trace=Trace(self.tell),
                 drain_timeout=drain_timeout,
             )
         )
+
+    def tell(self, _: int, __: int | None, event: str, facts: dict[str, Any]) -> None:
+        if event == "state.changed":
+            self.states.append(facts["to"])
+        else:
+            self.causes.append((event, facts["cause"]))
 
     async def over(self) -> Any:
         ending = await self.task
@@ -274,7 +291,7 @@ def test_every_state_is_reached_and_every_walk_ends_closed() -> None:
 
 @given(st.lists(st.sampled_from(Event), max_size=12))
 def test_a_step_that_the_table_lacks_is_refused(events: list[Event]) -> None:
-    life = Life()
+    life = Life(SILENT)
     for event in events:
         before = life.state
         if (before, event) in TRANSITIONS:
