@@ -47,6 +47,8 @@ def problems_of(config: Config) -> list[Problem]:
     found: list[Problem] = [(("listen",), problem) for problem in check_listen(config)]
     found += _settings(config, ())
     found += [(("HOME",), problem) for problem in _own_home()]
+    if config.trace_file:
+        found += [(("trace_file",), problem) for problem in _trace_file(Path(config.trace_file))]
     for text in config.penalty_exempt:
         try:
             ipaddress.ip_network(text)
@@ -217,6 +219,14 @@ def _rlimits(limits: Rlimits) -> list[str]:
         if os.geteuid() != 0 and hard != resource.RLIM_INFINITY and value > hard:
             found.append(f"{name} = {value} is more than this server may give; {hard} is the most")
     return found
+
+
+def _trace_file(path: Path) -> list[str]:
+    if path.is_dir():
+        return [f"{path} is a folder; name a file in it"]
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        return [f"{path} cannot be written; name a file in a folder that is there and ours"]
+    return []
 
 
 def _own_home() -> list[str]:

@@ -6,6 +6,7 @@ Exit codes: 0 clean stop, 2 usage or configuration, 1 anything else (sysexits ar
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import socket
@@ -59,6 +60,11 @@ _OPTIONS = [
                  help="Without accounts: let the other users of this machine in, too."),
     click.option("--pid-file", metavar="FILE", help="Where `gosshd reload` finds the server."),
     click.option("--log-format", metavar="text|json", help="What the log on standard error looks like."),
+    click.option("--trace", is_flag=True, default=None,
+                 help="Tell what happens on each connection, step by step, and what it means."),
+    click.option("--trace-file", metavar="FILE", help="Append the same to FILE; see gosshd timeline."),
+    click.option("--trace-data", type=int, metavar="BYTES",
+                 help="Show the first BYTES of all data, but not what is typed unseen.  [default: 0]"),
 ]  # fmt: skip
 
 
@@ -123,7 +129,9 @@ def main(context: click.Context, /, config: str | None, **flags: Any) -> None:
 
 def _serve(file: str | None, flags: dict[str, Any]) -> None:
     config = _config(file, flags)
-    logs.configure(config.log_format)
+    # The trace tells all this and more, and on one terminal they would be mixed.
+    quiet = config.trace and sys.stdout.isatty() and sys.stderr.isatty()
+    logs.configure(config.log_format, level=logging.WARNING if quiet else logging.NOTSET)
 
     def ready(server: Server) -> None:
         _announce(server)

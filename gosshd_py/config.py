@@ -249,6 +249,15 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     log_format: Literal["text", "json"] = "text"
     """Log lines for people or for programs."""
 
+    trace: bool = False
+    """Tell on standard output what happens on each connection, with what it means."""
+
+    trace_file: str = ""
+    """Append the same to this file, a JSON object a line; for `gosshd timeline`."""
+
+    trace_data: CountOrOff = 0
+    """Bytes of data that a trace shows of each read and write; what is typed unseen is not shown."""
+
     auth: AuthSettings = AuthSettings()
     """The table [auth], see Accounts."""
 

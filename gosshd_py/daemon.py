@@ -1,22 +1,27 @@
-"""The server as a process: its signals, its limit of open files, and how it reloads."""
+"""The server as a process: its signals, its limit of open files, its trace, and how it reloads."""
 
 from __future__ import annotations
 
 import asyncio
 import gc
 import signal
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import structlog
 
 from .config import Config, ConfigError
 from .hostkeys import HostKeyError
+from .lifecycle import Tell
 from .process import raise_nofile, reset_signals
 from .server import Server
+from .trace import Output, TraceFile, Tracer
 
 log = structlog.get_logger()
 
-NEEDS_RESTART = ("listen", "log_format", "pid_file")
+NEEDS_RESTART = ("listen", "log_format", "pid_file", "trace", "trace_file", "trace_data")
 """What a reload does not change."""
 
 
@@ -38,14 +43,35 @@ async def serve(
     loop.add_signal_handler(signal.SIGHUP, hangup.set)
     reset_signals()
     raise_nofile()
-    async with Server(config) as server:
-        keep_what_is_loaded()
-        if on_ready is not None:
-            on_ready(server)
-        reloader = asyncio.create_task(_reload(server, hangup, reload or (lambda: server.config)))
-        await stop.wait()
-        reloader.cancel()
-        log.info("shutting down", sessions=server.session_count)
+    with traced(config) as tell:
+        async with Server(config, tell) as server:
+            keep_what_is_loaded()
+            if on_ready is not None:
+                on_ready(server)
+            again = reload or (lambda: server.config)
+            reloader = asyncio.create_task(_reload(server, hangup, again))
+            await stop.wait()
+            reloader.cancel()
+            log.info("shutting down", sessions=server.session_count)
+
+
+@contextmanager
+def traced(config: Config) -> Iterator[Tell | None]:
+    """Who hears of the events of all connections, as configured; None: nobody. Raises OSError."""
+    outputs: list[Output] = []
+    if config.trace:
+        from .story import Story  # noqa: PLC0415  # it takes its time, and few need it
+
+        outputs.append(Story(sys.stdout))
+    if config.trace_file:
+        from . import __version__  # noqa: PLC0415  # there once all modules are
+
+        outputs.append(TraceFile(Path(config.trace_file), __version__))
+    if outputs:
+        with Tracer(outputs, config.trace_data) as tracer:
+            yield tracer.tell
+    else:
+        yield None
 
 
 def keep_what_is_loaded() -> None:

@@ -82,8 +82,10 @@ class _Lossy:
             self._stream.flush()
 
 
-def configure(log_format: str = "text", stream: TextIO | None = None) -> None:
-    """Set up structlog for the whole process. log_format: "text" or "json"."""
+def configure(
+    log_format: str = "text", stream: TextIO | None = None, level: int = logging.NOTSET
+) -> None:
+    """Set up structlog for the whole process. log_format: "text" or "json". level: the least told."""
     stream = stream or sys.stderr
     colors = stream.isatty() and "NO_COLOR" not in os.environ
     shared: list[Any] = [
@@ -101,6 +103,7 @@ def configure(log_format: str = "text", stream: TextIO | None = None) -> None:
     )
     structlog.configure(
         processors=[*shared, render],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=structlog.PrintLoggerFactory(cast("TextIO", _Lossy(stream))),
         cache_logger_on_first_use=False,
     )

@@ -26,7 +26,7 @@ import msgspec
 from gosshd_py import logs
 from gosshd_py.config import Config
 from gosshd_py.connection import Connection
-from gosshd_py.daemon import keep_what_is_loaded
+from gosshd_py.daemon import keep_what_is_loaded, traced
 from gosshd_py.flow import ChannelOutput
 from gosshd_py.hostkeys import known_hosts_lines
 from gosshd_py.process import Descriptor, raise_nofile, reset_signals
@@ -61,7 +61,13 @@ async def main() -> None:
     raise_nofile()
     stop = asyncio.Event()
     loop.add_signal_handler(signal.SIGTERM, stop.set)
-    async with Server(config) as server:
+    with traced(config) as tell:
+        await serve(Server(config, tell), lines, stop)
+
+
+async def serve(starting: Server, lines: asyncio.StreamReader, stop: asyncio.Event) -> None:
+    loop = asyncio.get_running_loop()
+    async with starting as server:
         keep_what_is_loaded()
         hosts = known_hosts_lines(server.addresses, server.host_keys)
         say({"addresses": [list(address) for address in server.addresses], "known_hosts": hosts})

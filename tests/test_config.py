@@ -56,6 +56,9 @@ def test_a_file_may_set_everything(tmp_path: Path) -> None:
         client_alive_count_max = 1
         login_grace_time = 0.5
         hangup_grace = 1
+        trace = true
+        trace_file = "trace.ndjson"
+        trace_data = 80
         drain_timeout = 60
         log_format = "json"
         pid_file = "/tmp/pid"

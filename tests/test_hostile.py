@@ -153,7 +153,7 @@ def send_request(channel: paramiko.Channel, name: str, *fields: str) -> None:
 @contextmanager
 def in_one_piece(transport: paramiko.Transport) -> Iterator[None]:
     """Send packets at once: one by one, the last would reach a channel that has ended meanwhile."""
-    packetizer, pieces = transport.packetizer, []
+    packetizer, pieces = transport.packetizer, list[bytes]()
     packetizer.write_all = pieces.append
     try:
         yield
