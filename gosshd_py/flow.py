@@ -145,8 +145,8 @@ class Flow:
         """Ask for the end, for this cause; the first cause wins. text: for who can be told."""
         if not self.ended.done():
             self.ended.set_result(cause)
-        if self.ended.result() is Cause.CLIENT_CLOSED:
-            self.stdin.feed_eof()  # what it sent before may still be used
+        if self.ended.result() is Cause.CLIENT_CLOSED and not self.has_terminal:
+            self.stdin.feed_eof()  # what it sent before may still be used; but nobody types a ^D
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The channel is gone: by the client's CLOSE, or with its connection."""

@@ -140,9 +140,10 @@ class _Queue(threading.Thread):
     def run(self) -> None:
         """Write until the end; then close."""
         for batch in self._batches():
-            for record in merged(batch):
+            flood = len(batch) > FLOOD
+            for record in merged(batch) if flood else batch:
                 self._write(record)
-            if len(batch) > FLOOD:
+            if flood:
                 time.sleep(self._output.pace)
         with suppress(OSError):
             self._output.close()
@@ -177,7 +178,7 @@ def _dropped(events: int, reason: str) -> Record:
     )
 
 
-def merged(records: Iterable[Record]) -> Iterator[Record]:
+def merged(records: Iterable[Record]) -> list[Record]:
     """The same with each run of data that nothing else of its channel interrupts told as one."""
     runs: dict[tuple[int, int | None], dict[tuple[str, object], Record]] = {}
     result: list[Record] = []
@@ -196,7 +197,7 @@ def merged(records: Iterable[Record]) -> Iterator[Record]:
             facts = run[kind].facts
             facts["bytes"] += record.facts["bytes"]
             facts["times"] = facts.get("times", 1) + 1
-    return iter(result)
+    return result
 
 
 # -- what is shown ---------------------------------------------------------------------------------

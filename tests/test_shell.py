@@ -307,3 +307,19 @@ def test_tmux_vim_and_less_work(server: Served) -> None:
     terminal.sendline("exit")
     terminal.expect(pexpect.EOF)
     terminal.close()
+
+
+def test_a_client_that_leaves_types_no_end_of_file(server: Served) -> None:
+    """It is a hang-up, as when a terminal's window is closed: a shell ends by it and takes its jobs along."""
+
+    async def main() -> None:
+        conn = await server.connect()
+        process = await conn.create_process(term_type="xterm", encoding=None)
+        process.stdin.write(b"PS1=; sleep 1234 & echo job $! .\n")
+        job = int((await process.stdout.readuntil(re.compile(rb"job \d+ \."))).split()[-2])
+        conn.close()
+        await conn.wait_closed()
+        await asyncio.to_thread(wait_for, "the job's end", lambda: not alive(job))
+
+    run(main())
+    assert server.events("session over")[-1]["exit"] == "signal HUP"

@@ -135,7 +135,7 @@ def test_a_shell_on_a_terminal_from_accept_to_the_last_close(traced: Traced) -> 
     terminal.expect(r"42\..*next>")
     terminal.setwinsize(40, 120)
     wait_for("the size", lambda: traced.of("pty.resized"))
-    terminal.sendline("echo on; cat")
+    terminal.sendline("sh -c 'echo o''n; exec cat'")
     terminal.expect(r"on\r\n")
     terminal.sendcontrol("c")
     terminal.expect("next>")
@@ -148,11 +148,12 @@ def test_a_shell_on_a_terminal_from_accept_to_the_last_close(traced: Traced) -> 
         *("kex.completed", "auth.started", "auth.completed", "channel.asked", "channel.opened"),
         *("request.received", "request.accepted", "pty.opened", "program.spawned", "fd.closed"),
         *("state.changed", "output.read", "data.sent", "data.received", "input.written"),
-        *("program.reaped", "cause.named", "output.ended"),
+        *("program.reaped", "cause.named"),
         *("fd.closed", "eof.sent", "exit.sent", "close.sent", "close.received", "cause.ignored"),
         *("session.ended", "tcp.closed"),
     )
     in_order(names(records), "program.spawned", "request.received", "pty.resized")
+    in_order(names(records), "program.spawned", "output.ended", "fd.closed", "eof.sent")
     facts = {record["event"]: record["facts"] for record in records}
     assert facts["kex.completed"]["kex"] == "curve25519-sha256"
     assert facts["kex.completed"]["us"] > 0
