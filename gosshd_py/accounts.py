@@ -98,11 +98,13 @@ class Account:
         try:
             if SKELETON.is_dir():
                 shutil.copytree(SKELETON, new, symlinks=True, dirs_exist_ok=True)
+            new.chmod(0o700)  # first, while it is ours: afterwards it takes CAP_FOWNER
             if self.run_as is not None:
                 _give(new, *self.run_as)
-            new.chmod(0o700)
             new.rename(home)
         except BaseException:
+            with suppress(OSError):
+                _give(new, os.geteuid(), os.getegid())
             shutil.rmtree(new, ignore_errors=True)
             if home.is_dir():
                 return  # somebody else's session has made it
@@ -131,28 +133,41 @@ def _give(top: Path, uid: int, gid: int) -> None:
     os.chown(top, uid, gid)
 
 
-def find_account(config: Config, name: str) -> Account | None:
+Users = Mapping[str, pwd.struct_passwd]
+"""System users by name; "" is the server's own."""
+
+
+def system_users(config: Config) -> Users:
+    """Look up the system users of a configuration, once: a slow directory must delay no login."""
+    users: dict[str, pwd.struct_passwd] = {}
+    with suppress(KeyError):  # a container may run as a uid that has no name
+        users[""] = pwd.getpwuid(os.geteuid())
+    accounts = (config.accounts or {}).values()
+    for name in {config.run_as, *(account.run_as for account in accounts)}:
+        with suppress(KeyError):  # removed since the configuration was checked
+            users |= {name: pwd.getpwnam(name)} if name else {}
+    return users
+
+
+def find_account(config: Config, name: str, users: Users) -> Account | None:
     """The account of a login name: its own, else everybody else's; in open mode everybody has one."""
     if not valid_user_name(name):
         return None
     if config.open_mode:
-        return _account(config, name, AccountSettings())
+        return _account(config, name, AccountSettings(), users)
     accounts = config.accounts or {}
     settings = accounts.get(name) or accounts.get(EVERYBODY_ELSE)
-    return _account(config, name, settings) if settings is not None else None
+    return _account(config, name, settings, users) if settings is not None else None
 
 
-def _account(config: Config, name: str, own: AccountSettings) -> Account | None:
+def _account(config: Config, name: str, own: AccountSettings, users: Users) -> Account | None:
     """Put together what the account has of its own and what holds for all."""
     run_as = None
-    home = "/"
-    with suppress(KeyError):  # a container may run as a uid that has no name
-        home = pwd.getpwuid(os.geteuid()).pw_dir
+    home = users[""].pw_dir if "" in users else "/"
     if user_name := _first(own.run_as, config.run_as):
-        try:
-            user = pwd.getpwnam(user_name)
-        except KeyError:
-            return None  # removed since the configuration was checked
+        if user_name not in users:
+            return None
+        user = users[user_name]
         run_as, home = (user.pw_uid, user.pw_gid), user.pw_dir
     template = _first(own.home, config.home)
     shell = _first(own.shell, config.shell)
@@ -165,7 +180,7 @@ def _account(config: Config, name: str, own: AccountSettings) -> Account | None:
         makes_home=bool(template),
         env={**config.env, **(own.env or {})},
         umask=own.umask or config.umask,
-        rlimits=_first(own.rlimits, config.rlimits),
+        rlimits=own.rlimits.over(config.rlimits) if own.rlimits else config.rlimits,
         motd=_first(own.motd, config.motd),
         max_sessions=_first(own.max_sessions, config.max_sessions),
         password=own.password,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import logging
 import os
 import time
 from collections.abc import Iterable
@@ -24,10 +25,12 @@ from asyncssh.public_key import (
     decode_ssh_public_key,
 )
 
-from .accounts import Account, find_account
+from .accounts import Account, find_account, system_users
 from .authorized_keys import KeyLine, Permissions, read_keys, weakness
 from .config import Config
+from .limits import Throttle
 from .passwords import LOCKED, Passwords
+from .threads import in_thread
 
 log = structlog.get_logger()
 
@@ -37,6 +40,13 @@ SIGNATURES = (
     *("rsa-sha2-512", "rsa-sha2-256"),
 )
 """Signature algorithms that are accepted from clients and from CAs; none with SHA-1."""
+
+
+KEY_FILES_AT_ONCE = 4
+"""Logins whose files of keys are read at the same time; to parse one may take a tenth of a second."""
+
+KEY_FILES_TIME = 10.0
+"""Seconds that the files of one login may take, should their file system hang."""
 
 
 class RejectedError(Exception):
@@ -63,16 +73,23 @@ class Authenticator:
 
     def __init__(self, config: Config) -> None:
         self._config = config
+        self._users = system_users(config)
         accounts = (config.accounts or {}).values()
-        hashes = [account.password for account in accounts if account.password]
+        hashes = [account.password for account in accounts if account.password not in ("", LOCKED)]
         self.has_passwords = bool(hashes)
         self._passwords = Passwords(hashes)
         self.password_seconds = self._passwords.seconds
-        self._told: dict[str, list[str]] = {}
+        self._told: dict[str, int] = {}
+        self._throttle = Throttle()
+        self._turns = asyncio.Semaphore(KEY_FILES_AT_ONCE)
+
+    def account(self, name: str) -> Account | None:
+        """The account of a login name."""
+        return find_account(self._config, name, self._users)
 
     async def password(self, name: str, password: str, method: str) -> Login:
         """Compare a password. Raises RejectedError, after the same time for every wrong name and password."""
-        account = find_account(self._config, name)
+        account = self.account(name)
         expected = account.password if account else ""
         right = await self._passwords.match(expected, password)
         if account is None:
@@ -91,20 +108,36 @@ class Authenticator:
         The files are read anew, so that a key is out at the moment in which its line is.
         """
         read = _Reader()
+        ca_keys = self._config.auth.trusted_user_ca_keys
+
+        def judge() -> tuple[Login, asyncssh.SSHKey] | RejectedError:
+            try:
+                return _judge(self.account(name), ca_keys, key_data, source, read)
+            except RejectedError as exc:
+                return exc
+
         try:
-            return await asyncio.to_thread(_judge, self._config, name, key_data, source, read)
-        finally:
-            self._tell(read.problems)
+            async with self._turns, asyncio.timeout(KEY_FILES_TIME):
+                answer = await in_thread(judge)
+        except OSError as exc:  # also when it takes too long
+            reason = str(exc) or "too slow"
+            raise RejectedError(f"the files of keys cannot be read: {reason}") from exc
+        self._tell(read.problems)
+        if isinstance(answer, RejectedError):
+            raise answer
+        login, key = answer
+        return login, key
 
     def _tell(self, problems: dict[str, list[str]]) -> None:
-        """Log what is wrong with lines of keys: once, until it changes."""
+        """Log what is wrong with lines of keys: once, until it changes, and not too much at once."""
         for source, found in problems.items():
-            if self._told.get(source) != found:
+            if self._told.get(source) != hash(tuple(found)):
                 for problem in found:
-                    log.warning("key line not used", reason=problem)
+                    key = (source, problem)
+                    self._throttle.log(logging.WARNING, "key line not used", key, reason=problem)
+                self._told[source] = hash(tuple(found))
         if len(self._told) > 1000:
             self._told.clear()
-        self._told.update(problems)
 
 
 class _Reader:
@@ -113,32 +146,37 @@ class _Reader:
     def __init__(self) -> None:
         self.problems: dict[str, list[str]] = {}
 
-    def lines(self, sources: Iterable[str], owners: frozenset[int]) -> list[KeyLine]:
+    def lines(
+        self,
+        sources: Iterable[str],
+        owners: frozenset[int],
+        run_as: tuple[int, int] | None = None,
+    ) -> list[KeyLine]:
         lines: list[KeyLine] = []
         for source in sources:
-            good, self.problems[source] = read_keys(source, owners)
+            good, self.problems[source] = read_keys(source, owners, run_as)
             lines += good
         return lines
 
 
 def _judge(
-    config: Config, name: str, key_data: bytes, source: str, read: _Reader
+    account: Account | None, ca_keys: Iterable[str], key_data: bytes, source: str, read: _Reader
 ) -> tuple[Login, asyncssh.SSHKey]:
     key, certificate = _decode(key_data)
     facts: dict[str, object] = {"key": f"{key.get_fingerprint()} {key.get_algorithm()}"}
     if certificate is not None:
         ca = certificate.signing_key.get_fingerprint()
-        facts["certificate"] = f"id {certificate._key_id!r} serial {certificate._serial} CA {ca}"  # noqa: SLF001
-    account = find_account(config, name)
+        # The id is the last, since it may be cut: it can be of any length.
+        facts["certificate"] = f"serial {certificate._serial} CA {ca} id {certificate._key_id!r}"  # noqa: SLF001
     if account is None:
         raise RejectedError("no such account", facts)
     if account.password == LOCKED:
         raise RejectedError("the account is locked", facts)
-    lines = read.lines(account.authorized_keys, account.key_owners)
+    lines = read.lines(account.authorized_keys, account.key_owners, account.run_as)
     signer = certificate.signing_key if certificate else key
     lines = [line for line in lines if line.cert_authority == bool(certificate)]
     if certificate is not None:
-        lines += read.lines(config.auth.trusted_user_ca_keys, frozenset((0, os.geteuid())))
+        lines += read.lines(ca_keys, frozenset((0, os.geteuid())))
     reason = (
         "the certificate is from no CA of this account"
         if certificate

@@ -10,7 +10,7 @@ import ipaddress
 import os
 import re
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
@@ -18,10 +18,15 @@ from pathlib import Path
 
 import asyncssh
 
+from .fsuser import as_user
 from .places import parse_place
 
 MAX_FILE = 1024 * 1024
-"""Bytes of one file; a longer one is not read."""
+MAX_LINES = 10_000
+"""Bytes and lines of one file; a longer one is not read."""
+
+MAX_PROBLEMS = 10
+"""Bad lines of one file that are told; of the others, how many."""
 
 MIN_RSA_BITS = 2048
 
@@ -83,18 +88,23 @@ class KeyLine:
         return ""
 
 
-def read_keys(source: str, owners: frozenset[int] | None = None) -> tuple[list[KeyLine], list[str]]:
+def read_keys(
+    source: str,
+    owners: frozenset[int] | None = None,
+    run_as: tuple[int, int] | None = None,
+) -> tuple[list[KeyLine], list[str]]:
     """Read the lines of a file (an absolute path), or the one line that source is.
 
     Returns the good ones, and what is wrong with the others: one text for each. Never raises.
     owners: the uids that may own the file and the folders above it, as StrictModes asks. With
     them, as at a login, a file that is not there is an empty one.
+    run_as: whose rights are needed for a file that not only root could have put there.
     """
     if not source.startswith("/"):
         text, name = source, "the line"
     else:
         try:
-            text, name = _read(source, owners), source
+            text, name = _read(source, owners, run_as), source
         except FileNotFoundError as exc:
             return [], [] if owners is not None else [f"{source}: {exc.strerror}"]
         except (OSError, ValueError) as exc:
@@ -102,21 +112,28 @@ def read_keys(source: str, owners: frozenset[int] | None = None) -> tuple[list[K
             return [], [f"{source}: {reason}"]
     good: list[KeyLine] = []
     bad: list[str] = []
+    unknown = 0
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         try:
             good.append(parse_line(line.strip()))
         except ValueError as exc:
-            bad.append(f"{name}:{number}: {exc}" if name == source else str(exc))
-    return good, bad
+            if len(bad) < MAX_PROBLEMS:
+                bad.append(f"{name}:{number}: {exc}" if name == source else str(exc))
+            else:
+                unknown += 1
+    return good, bad + ([f"{name}: {unknown} more lines are not used"] if unknown else [])
 
 
 def check_source(source: str, *, must_exist: bool) -> str:
     """What is wrong with a setting that names a file or is a line; "" if it can be used."""
     if source.startswith("/"):
-        problem = next(iter(read_keys(source)[1]), "")
-        return f"{problem}; correct the path" if must_exist and not Path(source).is_file() else ""
+        keys, problems = read_keys(source)
+        problem = next(iter(problems), f"{source}: there is no public key in it")
+        if must_exist and not Path(source).is_file():
+            return f"{problem}; correct the path"
+        return f"{problem}; nobody can use this file" if must_exist and not keys else ""
     if not source.strip():
         return "holds an empty text; write a path that begins with /, or a key's line"
     if "\n" in source.strip():
@@ -125,32 +142,64 @@ def check_source(source: str, *, must_exist: bool) -> str:
     return f"{problems[0]}; write a path that begins with /, or a key's line" if problems else ""
 
 
-def _read(path: str, owners: frozenset[int] | None) -> str:
+def _read(path: str, owners: frozenset[int] | None, run_as: tuple[int, int] | None) -> str:
     """Read a file that nobody else could have written. Raises OSError, or ValueError that says why.
 
     Not a pipe or a device, which would keep us waiting.
     """
-    with open(  # noqa: PTH123
-        os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY), "rb"
-    ) as file:
+
+    def opened() -> int:
+        return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+
+    # A link that a user has made must not lead root to what only root can open.
+    fd = as_user(None if _is_roots(Path(path)) else run_as, opened)
+    with open(fd, "rb") as file:  # noqa: PTH123
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise ValueError("is not a regular file")
         if owners is not None:
-            _check_owners(Path(path).resolve(), status, owners)
+            _check_owners(Path(path), status, owners)
         data = file.read(MAX_FILE + 1)
-    if len(data) > MAX_FILE:
-        raise ValueError(f"is larger than {MAX_FILE} bytes")
+    if len(data) > MAX_FILE or data.count(b"\n") > MAX_LINES:
+        raise ValueError(f"is larger than {MAX_FILE} bytes, or than {MAX_LINES} lines")
     return data.decode("utf-8", "replace")
 
 
 def _check_owners(path: Path, status: os.stat_result, owners: frozenset[int]) -> None:
-    for place, found in [(path, status), *((folder, folder.stat()) for folder in path.parents)]:
+    """Raise ValueError for a file that others could have written, or put in its place.
+
+    In a folder with the sticky bit, such as /tmp, they can do neither to what is not theirs.
+    """
+    for place, found in [(path, status), *_on_the_way(path)]:
         if found.st_uid not in owners:
             raise ValueError(f"{place} belongs to uid {found.st_uid}; anybody there could add keys")
-        shared = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-        if shared and not (place is not path and found.st_mode & stat.S_ISVTX):
+        if _is_shared(found):
             raise ValueError(f"{place} can be written by others; chmod go-w it")
+
+
+def _is_roots(path: Path) -> bool:
+    """Whether nobody but root could have put the file there."""
+    return all(found.st_uid == 0 and not _is_shared(found) for _, found in _on_the_way(path))
+
+
+def _is_shared(found: os.stat_result) -> bool:
+    """Whether others can change a file, or what stands in a folder under a name."""
+    sticky = stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX
+    others = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return bool(others) and not sticky and not stat.S_ISLNK(found.st_mode)
+
+
+def _on_the_way(path: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    """The folders above a file and the links that lead to it, each with what lstat(2) says."""
+    for _ in range(40):  # as many links as Linux follows
+        for folder in path.parents:
+            yield folder, folder.stat()
+        if not path.is_symlink():
+            break
+        yield path, path.lstat()
+        path = path.parent / path.readlink()
+    for folder in path.resolve().parents:
+        yield folder, folder.stat()
 
 
 # -- one line -------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from typing import Any
 
 import msgspec
 
+from .accounts import find_account, system_users
 from .authorized_keys import check_source, read_keys
 from .config import (
     EVERYBODY_ELSE,
@@ -41,11 +42,11 @@ MAX_MOTD = 16 * 1024
 
 def problems_of(config: Config) -> list[Problem]:
     """Everything that is wrong with the values; none if all is well."""
-    with_nul = [(key, _NUL) for key in _keys_with_nul(config)]
-    if with_nul:
-        return with_nul  # everything below would trip over it
-    found: list[Problem] = [(("listen",), problem) for problem in check_listen(config)]
-    found += _settings(config, ())
+    with_nul = list(_keys_with_nul(config))
+    found: list[Problem] = [(key, _NUL) for key in with_nul]
+    config = _without(config, with_nul)  # everything below would trip over it
+    found += [(("listen",), problem) for problem in check_listen(config)]
+    found += _settings(config, (), config.run_as)
     found += [(("HOME",), problem) for problem in _own_home()]
     if config.trace_file:
         found += [(("trace_file",), problem) for problem in _trace_file(Path(config.trace_file))]
@@ -72,24 +73,30 @@ def warnings_of(config: Config) -> list[str]:
     found = []
     if os.geteuid() == 0:
         accounts = (config.accounts or {"": AccountSettings()}).items()
-        roots = [
-            name
-            for name, account in accounts
-            if not (config.run_as if account.run_as is None else account.run_as)
-        ]
+        roots = [name for name, account in accounts if _gets_a_shell_as_root(config, account)]
         who = "every visitor" if config.open_mode else ", ".join(roots)
         if roots:
             found.append(
                 f"run_as is not set: {who} gets a shell as root; set run_as to another user"
             )
+    users = system_users(config)
     for name, account in (config.accounts or {}).items():
+        known = find_account(config, name, users)
+        owners, run_as = (known.key_owners, known.run_as) if known else (None, None)
         for source in account.authorized_keys:
-            found += [
-                f"accounts.{name}: {problem}"
-                for problem in read_keys(source)[1]
-                if "{user}" not in source
-            ]
+            if "{user}" not in source:
+                problems = read_keys(source, owners, run_as)[1]
+                found += [f"accounts.{name}: {problem}" for problem in problems]
+    for source in config.auth.trusted_user_ca_keys:
+        problems = read_keys(source, frozenset((0, os.geteuid())))[1]
+        found += [f"auth.trusted_user_ca_keys: {problem}" for problem in problems]
     return found
+
+
+def _gets_a_shell_as_root(config: Config, account: AccountSettings) -> bool:
+    shell = config.shell if account.shell is None else account.shell
+    run_as = config.run_as if account.run_as is None else account.run_as
+    return shell is not False and account.password != LOCKED and run_as in ("", "root")
 
 
 def check_listen(config: Config) -> list[str]:
@@ -135,10 +142,24 @@ def _keys_with_nul(value: Any, key: tuple[str, ...] = ()) -> Iterator[tuple[str,
         yield key
 
 
+def _without(config: Config, keys: Iterable[tuple[str, ...]]) -> Config:
+    """The configuration without these keys, so as if they were not set."""
+    values = msgspec.to_builtins(config)
+    for key in keys:
+        inner = values
+        for word in key[:-1]:
+            inner = inner.get(word, {})
+        inner.pop(key[-1], None)
+    return msgspec.convert(values, Config)
+
+
 # -- what can stand at the top level and in an account --------------------------------------------
 
 
-def _settings(settings: Config | AccountSettings, at: tuple[str, ...]) -> list[Problem]:
+def _settings(
+    settings: Config | AccountSettings, at: tuple[str, ...], run_as: str
+) -> list[Problem]:
+    """run_as: whose shells they are, set here or at the top level."""
     found: list[Problem] = []
 
     def note(key: str, *problems: str) -> None:
@@ -156,7 +177,7 @@ def _settings(settings: Config | AccountSettings, at: tuple[str, ...]) -> list[P
     if len(settings.motd or "") > MAX_MOTD:
         note("motd", f"is longer than {MAX_MOTD} characters; shorten it")
     if settings.rlimits is not None:
-        note("rlimits", *_rlimits(settings.rlimits))
+        note("rlimits", *_rlimits(settings.rlimits, run_as))
     return found
 
 
@@ -211,12 +232,13 @@ def _template(text: str) -> list[str]:
     return []
 
 
-def _rlimits(limits: Rlimits) -> list[str]:
-    """Limits that only root could raise."""
+def _rlimits(limits: Rlimits, run_as: str) -> list[str]:
+    """Limits that only root could raise; they are set by the user of the shells."""
+    as_root = os.geteuid() == 0 and run_as in ("", "root")
     found = []
     for name, value in limits.set().items():
         _, hard = resource.getrlimit(getattr(resource, f"RLIMIT_{name.upper()}"))
-        if os.geteuid() != 0 and hard != resource.RLIM_INFINITY and value > hard:
+        if not as_root and hard != resource.RLIM_INFINITY and value > hard:
             found.append(f"{name} = {value} is more than this server may give; {hard} is the most")
     return found
 
@@ -251,7 +273,11 @@ def _accounts(config: Config, accounts: dict[str, AccountSettings]) -> list[Prob
                 "is no login name: up to 32 of A-Z a-z 0-9 . _ - and no . or - first; rename it"
             )
             found.append((at, problem))
-        found += _settings(account, at)
+        run_as = config.run_as if account.run_as is None else account.run_as
+        found += _settings(account, at, run_as)
+        if account.rlimits is None and run_as != config.run_as:
+            problems = _rlimits(config.rlimits, run_as)
+            found += [(at, f"rlimits of the top level: {problem}") for problem in problems]
         if not (account.password or account.authorized_keys or config.auth.trusted_user_ca_keys):
             problem = f'nobody can log in; add password or authorized_keys, or lock it by password = "{LOCKED}"'
             found.append((at, problem))

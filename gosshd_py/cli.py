@@ -27,6 +27,7 @@ from .explain import explain_forward
 from .hostkeys import (
     HostKeyError,
     client_names,
+    existing_host_keys,
     fingerprint,
     known_hosts_lines,
     load_host_keys,
@@ -136,7 +137,7 @@ def _serve(file: str | None, flags: dict[str, Any]) -> None:
     def ready(server: Server) -> None:
         _announce(server)
         for warning in warnings_of(config):
-            log.warning(warning)
+            log.warning("configuration", warning=warning)
         _hold_pid_file(config, until_the_end)
 
     with ExitStack() as until_the_end:
@@ -189,6 +190,10 @@ def check(context: click.Context, /, config: str | None, **flags: Any) -> None:
     """Check the configuration without serving; every problem gets a line."""
     settings = _with_settings(context, config, flags)
     _warn(settings)
+    try:
+        existing_host_keys(settings.hostkeys_dir)
+    except (HostKeyError, OSError) as exc:
+        _fail(2, f"hostkeys: {exc}")
     click.echo(
         f"{config or context.obj[0] or 'configuration'}: good; listens on {', '.join(settings.listen)}"
     )
@@ -325,4 +330,4 @@ def probe(address: str) -> None:
         _fail(2, str(exc))
     if not line.startswith(b"SSH-2.0-"):
         _fail(1, f"{address}: what answers there does not speak SSH; name another address")
-    click.echo(line.decode("ascii", "backslashreplace").strip())
+    click.echo(logs.escape(line.decode("ascii", "backslashreplace").strip()))

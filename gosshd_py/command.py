@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import re
 import shlex
@@ -16,6 +15,7 @@ from .authentication import Login
 from .lifecycle import SpawnError, Start
 from .process import Command
 from .requests import env_allowed
+from .threads import in_thread
 
 log = structlog.get_logger()
 
@@ -46,7 +46,7 @@ async def prepare_home(account: Account) -> None:
     """Make a home that is missing; without one the session starts in / and says so."""
     try:
         if account.makes_home:
-            await asyncio.to_thread(account.make_home)
+            await in_thread(account.make_home)
     except OSError as exc:
         reason = str(exc.strerror or exc)
         log.warning("home not made", user=account.name, home=account.home, reason=reason)

@@ -59,8 +59,8 @@ class Rlimits(msgspec.Struct, frozen=True, kw_only=True, rename={"as_": "as"}):
     nproc: Limit | None = None
     """Processes and threads of the system user, in all sessions together."""
 
-    core: Limit | None = 0
-    """Bytes of a core dump."""
+    core: Limit | None = None
+    """Bytes of a core dump; 0 where no table sets it."""
 
     cpu: Limit | None = None
     """Seconds of CPU time of one process."""
@@ -71,7 +71,12 @@ class Rlimits(msgspec.Struct, frozen=True, kw_only=True, rename={"as_": "as"}):
     def set(self) -> dict[str, int]:
         """The limits that are set, by their names in setrlimit(2) without RLIMIT_, small."""
         values = {name.rstrip("_"): value for name, value in msgspec.structs.asdict(self).items()}
-        return {name: value for name, value in values.items() if value is not None}
+        return {"core": 0} | {name: value for name, value in values.items() if value is not None}
+
+    def over(self, others: Rlimits) -> Rlimits:
+        """These limits, and of the others those that are not set here."""
+        mine = msgspec.structs.asdict(self)
+        return msgspec.structs.replace(others, **{k: v for k, v in mine.items() if v is not None})
 
 
 class AccountSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -186,6 +191,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     permit_user_environment: tuple[str, ...] = ()
     """More names and patterns, for environment= in the lines of keys."""
 
+    max_connections: CountOrOff = 2000
+    """Connections from everywhere, whether they have logged in or not."""
+
+    per_source_max_connections: CountOrOff = 500
+    """The same from one address (IPv6: one /64)."""
+
     login_grace_time: SecondsOrOff = 20.0
     """Seconds in which a client must have logged in."""
 
@@ -229,7 +240,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds that a session may last; a terminal is warned a minute before."""
 
     unused_connection_timeout: SecondsOrOff = 300.0
-    """Seconds that a connection may have no channel."""
+    """Seconds that a connection may have no channel. One that may forward may wait for its turn longer."""
 
     request_timeout: SecondsOrOff = 20.0
     """Seconds in which a new channel must ask for a shell, a command or a subsystem."""

@@ -12,17 +12,23 @@ from pathlib import Path
 
 import structlog
 
+from .checks import warnings_of
 from .config import Config, ConfigError
 from .hostkeys import HostKeyError
 from .lifecycle import Tell
 from .process import raise_nofile, reset_signals
 from .server import Server
+from .threads import in_thread
 from .trace import Output, TraceFile, Tracer
 
 log = structlog.get_logger()
 
 NEEDS_RESTART = ("listen", "log_format", "pid_file", "trace", "trace_file", "trace_data")
 """What a reload does not change."""
+
+
+READ_TIME = 30.0
+"""Seconds in which the configuration must be read at a reload."""
 
 
 async def serve(
@@ -91,15 +97,18 @@ async def _reload(server: Server, hangup: asyncio.Event, reload: Callable[[], Co
         await hangup.wait()
         hangup.clear()
         try:
-            config = await asyncio.to_thread(reload)
+            async with asyncio.timeout(READ_TIME):
+                config = await in_thread(reload)
             later = [key for key in NEEDS_RESTART if getattr(config, key) != getattr(started, key)]
             await server.use(config)
         except ConfigError as exc:
             for problem in exc.problems:
                 log.error("not reloaded", reason=problem)  # noqa: TRY400  # their mistake, not ours
-        except HostKeyError as exc:
-            log.error("not reloaded", reason=str(exc))  # noqa: TRY400
+        except (HostKeyError, TimeoutError) as exc:
+            log.error("not reloaded", reason=str(exc) or "the file could not be read in time")  # noqa: TRY400
         except Exception:  # the next SIGHUP must still be heard
             log.exception("not reloaded", reason="internal error")
         else:
             log.info("reloaded", needs_restart=", ".join(later) or None)
+            for warning in warnings_of(config):
+                log.warning("configuration", warning=warning)

@@ -6,7 +6,7 @@ import socket
 import time
 from pathlib import Path
 
-from .accounts import Account, find_account
+from .accounts import Account, find_account, system_users
 from .authorized_keys import Permissions, read_keys
 from .config import Config, parse_address
 from .places import ForbiddenError, check_asked, check_found
@@ -18,7 +18,7 @@ def explain_forward(config: Config, user: str, place: str, key_file: str | None)
     key_file: the public key that the user logs in with. ValueError: something is not as it is said.
     """
     host, port = parse_address(place)
-    account = find_account(config, user)
+    account = find_account(config, user, system_users(config))
     if account is None:
         raise ForbiddenError(f"{user} has no account, so no login either")
     permissions = _permissions(account, key_file) if key_file else Permissions()
@@ -55,7 +55,7 @@ def _permissions(account: Account, key_file: str) -> Permissions:
     if not keys:
         raise ValueError(f"{next(iter(problems), f'{key_file}: is empty')}; name a public key")
     for source in account.authorized_keys:
-        for line in read_keys(source, account.key_owners)[0]:
+        for line in read_keys(source, account.key_owners, account.run_as)[0]:
             if line.key.public_data == keys[0].key.public_data and not line.cert_authority:
                 if reason := line.refuses("127.0.0.1", time.time()) if not line.sources else "":
                     raise ForbiddenError(reason)

@@ -579,7 +579,7 @@ class Listener:
             sock.close()
         if self._bound is not None:
             with suppress(OSError):
-                in_thread(lambda: as_user(self._run_as, self._remove), lambda: None)
+                in_thread(lambda: as_user(self._run_as, self._remove))
 
     def _remove(self) -> None:
         """The socket's file, if it is still ours: a new tunnel may have put its own there."""

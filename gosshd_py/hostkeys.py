@@ -30,11 +30,15 @@ def load_host_keys(directory: Path) -> list[asyncssh.SSHKey]:
     try:
         if not (directory / NAMES[0]).exists():
             _make_key(directory / NAMES[0])
-        others = [name for name in NAMES[1:] if os.path.lexists(directory / name)]
-        return _load_keys(directory / name for name in (NAMES[0], *others))
+        return existing_host_keys(directory)
     except OSError as exc:
         reason = f"{exc.filename or directory}: {exc.strerror}"
         raise HostKeyError(f"{reason}; choose another directory with --hostkeys") from exc
+
+
+def existing_host_keys(directory: Path) -> list[asyncssh.SSHKey]:
+    """Load the keys that are there. Raises HostKeyError and OSError."""
+    return _load_keys(directory / name for name in NAMES if os.path.lexists(directory / name))
 
 
 def _make_key(path: Path) -> None:

@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Protocol
+from weakref import WeakValueDictionary
 
 import structlog
 
@@ -39,11 +40,9 @@ MAX_LINES = 50
 
 def source_of(host: str) -> str:
     """Whom to count an address for: itself, or its /64, which is what one IPv6 customer has."""
-    address = ipaddress.ip_address(host.partition("%")[0])
+    address = _address(host)
     if isinstance(address, ipaddress.IPv4Address):
         return str(address)
-    if address.ipv4_mapped is not None:
-        return str(address.ipv4_mapped)
     return str(ipaddress.ip_network((address, 64), strict=False))
 
 
@@ -84,10 +83,11 @@ class Penalties:
         self._sources: dict[str, tuple[float, bool]] = {}
         """Until when, in seconds of the monotonic clock, and whether enough has been added up."""
 
-    def add(self, config: Config, source: str, seconds: float) -> None:
-        """Lengthen the penalty of a source. Time takes it away again, a second per second."""
-        if config.max_penalty == 0 or seconds == 0 or _exempt(source, config.penalty_exempt):
+    def add(self, config: Config, host: str, seconds: float) -> None:
+        """Lengthen the penalty of an address. Time takes it away again, a second per second."""
+        if config.max_penalty == 0 or seconds == 0 or _exempt(host, config.penalty_exempt):
             return
+        source = source_of(host)
         now = time.monotonic()
         until, active = self._sources.pop(source, (now, False))
         if until <= now:
@@ -97,10 +97,11 @@ class Penalties:
             del self._sources[next(iter(self._sources))]
         self._sources[source] = (until, active or until - now >= config.min_penalty)
 
-    def seconds_left(self, config: Config, source: str) -> float:
-        """Seconds for which the source is refused; 0 if it may come in."""
-        if config.max_penalty == 0 or _exempt(source, config.penalty_exempt):
+    def seconds_left(self, config: Config, host: str) -> float:
+        """Seconds for which the address is refused; 0 if it may come in."""
+        if config.max_penalty == 0 or _exempt(host, config.penalty_exempt):
             return 0.0  # by a reload, perhaps just for this source
+        source = source_of(host)
         until, active = self._sources.get(source, (0.0, False))
         left = until - time.monotonic()
         if left <= 0:
@@ -108,12 +109,15 @@ class Penalties:
         return left if active and left > 0 else 0.0
 
 
-def _exempt(source: str, networks: tuple[str, ...]) -> bool:
-    mine = ipaddress.ip_network(source)
-    return any(
-        mine.version == network.version and mine.subnet_of(network)  # type: ignore[arg-type]
-        for network in map(ipaddress.ip_network, networks)
-    )
+def _exempt(host: str, networks: tuple[str, ...]) -> bool:
+    return any(_address(host) in ipaddress.ip_network(network) for network in networks)
+
+
+def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """The address of a peer; the IPv4 one where it is only wrapped for a socket."""
+    address = ipaddress.ip_address(host.partition("%")[0])
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return mapped or address
 
 
 class Admission:
@@ -122,7 +126,9 @@ class Admission:
     def __init__(self) -> None:
         self.penalties = Penalties()
         self.throttle = Throttle()
+        self._open: Counter[str] = Counter()
         self._waiting: Counter[str] = Counter()
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     @property
     def waiting(self) -> int:
@@ -141,8 +147,13 @@ class Admission:
                 self._waiting[source],
                 "too many connections from your address wait for a login; close some",
             ),
+            "max_connections": (self._open.total(), "too many connections; try again later"),
+            "per_source_max_connections": (
+                self._open[source],
+                "too many connections from your address; close some",
+            ),
         }
-        if left := self.penalties.seconds_left(config, source):
+        if left := self.penalties.seconds_left(config, host):
             self._refused("penalty", source, seconds=round(left, 1))
             return (
                 f"too many failed or unfinished logins from your address; try again in {left:.0f} s"
@@ -166,18 +177,30 @@ class Admission:
 
     def penalise(self, config: Config, host: str, seconds: float) -> None:
         """Make the source of an address wait longer before it may connect again."""
-        self.penalties.add(config, source_of(host), seconds)
+        self.penalties.add(config, host, seconds)
+
+    def turn(self, host: str) -> asyncio.Lock:
+        """One password of a source at a time: many guessers leave the processors to others."""
+        return self._turns.setdefault(source_of(host), asyncio.Lock())
 
     def entered(self, host: str) -> None:
-        """Count a connection until it has logged in or gone."""
+        """Count a connection, which has not logged in yet."""
+        self._open[source_of(host)] += 1
         self._waiting[source_of(host)] += 1
 
+    def logged_in(self, host: str) -> None:
+        """It waits no longer, as it has logged in, or has gone before."""
+        _less(self._waiting, source_of(host))
+
     def gone(self, host: str) -> None:
-        """The connection has logged in, or gone."""
-        source = source_of(host)
-        self._waiting[source] -= 1
-        if not self._waiting[source]:
-            del self._waiting[source]
+        """It has ended."""
+        _less(self._open, source_of(host))
+
+
+def _less(counter: Counter[str], key: str) -> None:
+    counter[key] -= 1
+    if not counter[key]:
+        del counter[key]
 
 
 class SessionCounts:
@@ -206,9 +229,7 @@ class SessionCounts:
 
     def closed(self, account: str) -> None:
         """Count it no more."""
-        self._accounts[account] -= 1
-        if not self._accounts[account]:
-            del self._accounts[account]
+        _less(self._accounts, account)
 
 
 MAX_UNANSWERED = 64

@@ -129,7 +129,7 @@ def _place(file: str, text: str, key: Key) -> str:
     """FILE:LINE: key, with the line where the key, or the innermost table around it, is found."""
     table: Key = ()
     best, found = 0, ""
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(_LONG.sub(_only_its_lines, text).split("\n"), 1):
         if match := _HEADER.match(line):
             table = here = _words(match[1])
         elif match := _ASSIGNMENT.match(line):
@@ -140,6 +140,17 @@ def _place(file: str, text: str, key: Key) -> str:
         if key[: len(here)] == here and len(here) > best:
             best, found = len(here), f":{number}"
     return f"{file}{found}: {dotted(key)}"
+
+
+# Strings of several lines, in which a line can look like a key; and, so that quotes in them do not
+# count, comments and other strings.
+_LONG = re.compile(
+    r"""\"{3}(?:\\.|[^\\])*?"{3,5}|'{3}.*?'{3,5}|#[^\n]*|"(?:\\.|[^"\\\n])*"|'[^'\n]*'""", re.DOTALL
+)
+
+
+def _only_its_lines(found: re.Match[str]) -> str:
+    return found[0] if found[0][:3] not in ('"""', "'''") else '""' + "\n" * found[0].count("\n")
 
 
 def _words(path: str) -> Key:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import stat
 import struct
 from collections.abc import Iterator
@@ -36,6 +37,9 @@ def held(path: Path) -> Iterator[None]:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with os.fdopen(_open(path, os.O_RDWR | os.O_CREAT), "r+") as file:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not re.fullmatch(r"\s*\d{0,10}\s*", file.read(100), re.ASCII):
+            raise FileExistsError(errno.EEXIST, "it holds something else than a pid", str(path))
+        file.seek(0)
         file.truncate()
         file.write(f"{os.getpid()}\n")
         file.flush()

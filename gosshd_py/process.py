@@ -54,8 +54,9 @@ _CHDIR = """cd -- "$HOME" 2>/dev/null || {
   echo "gosshd: cannot enter the home directory $HOME, starting in /" >&2; cd /; }
 unset OLDPWD
 """
-# The words before -- are NAME=VALUE.
-_EXPORT_AND_EXEC = 'while [ "$1" != -- ]; do export "$1"; shift; done; shift; exec "$@"'
+# The variables come as NAME=VALUE in others whose names mean nothing to setpriv; as arguments, every
+# user of the machine could read them.
+_EXPORT = "GOSSHD_EXPORT_{}"
 
 # A session leader without a controlling terminal gets the first one it opens (credentials(7),
 # tty(4)). Popen has called setsid(2); opening the pty by name does the rest.
@@ -74,14 +75,16 @@ def spawn(command: Command, *, stdin: int, stdout: int, stderr: int, terminal: b
         raise SpawnError("the command holds a NUL byte, which no argument can")
     if not os.access(program, os.X_OK):
         raise SpawnError(f"{os.fsdecode(program)}: not found or not executable on this server")
-    script = (_TAKE_TERMINAL if terminal else "") + _confine(command) + _CHDIR + _EXPORT_AND_EXEC
-    exports = [f"{name}=".encode() + value for name, value in command.client_env.items()]
-    shell = ["/bin/sh", "-c", script, "sh"]
-    argv = [*_become(command.run_as), *shell, *exports, "--", *command.argv]
+    exports = [_EXPORT.format(number) for number in range(len(command.client_env))]
+    script = (_TAKE_TERMINAL if terminal else "") + _confine(command) + _CHDIR
+    script += "".join(f'export "${name}"; unset {name}\n' for name in exports) + 'exec "$@"'
+    assignments = [f"{name}=".encode() + value for name, value in command.client_env.items()]
+    env: dict[str, str | bytes] = {**command.env, **dict(zip(exports, assignments, strict=True))}
+    argv = [*_become(command.run_as), "/bin/sh", "-c", script, "sh", *command.argv]
     began = time.monotonic()
     try:
         popen = subprocess.Popen(
-            argv, env=command.env, stdin=stdin, stdout=stdout, stderr=stderr, start_new_session=True
+            argv, env=env, stdin=stdin, stdout=stdout, stderr=stderr, start_new_session=True
         )
     except (OSError, ValueError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) else str(exc)

@@ -19,7 +19,9 @@ MAX_THREADS = 256
 _places = threading.BoundedSemaphore(MAX_THREADS)
 
 
-def in_thread(action: Callable[[], Any], over: Callable[[], None]) -> asyncio.Future[Any]:
+def in_thread(
+    action: Callable[[], Any], over: Callable[[], None] = lambda: None
+) -> asyncio.Future[Any]:
     """Do it in a thread of its own. Returns the result's future; raises OSError if there are too many.
 
     over: called on the loop when the thread has ended, even if nobody waits for it any more.

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import asyncssh
+from asyncssh.constants import MSG_USERAUTH_REQUEST
 from asyncssh.packet import PacketDecodeError, SSHPacket, String, UInt32
 
 from .authentication import SIGNATURES
@@ -32,7 +33,9 @@ CIPHERS = (
 MACS = ("hmac-sha2-256-etm@openssh.com", "hmac-sha2-512-etm@openssh.com")
 
 MAX_UNREAD = 16 * 1024 * 1024
-"""Bytes of answers held for a client that does not read. Sessions stop far below."""
+MAX_UNREAD_BEFORE = 256 * 1024
+"""Bytes of answers held for a client that does not read, and before it has logged in. Sessions stop
+far below."""
 
 MAX_DEFERRED = 4096
 """Packets held back while keys are exchanged."""
@@ -51,6 +54,7 @@ REKEY_RATE = 2.0
 
 _OVERRIDDEN = (
     *("_finish_userauth", "_send_kexinit", "validate_public_key", "reload_config"),
+    *("process_packet", "send_newkeys", "_send_version", "log_sent_packet", "log_received_packet"),
     *("_process_tcpip_forward_global_request", "_process_cancel_tcpip_forward_global_request"),
     "_process_streamlocal_forward_at_openssh_dot_com_global_request",
     "_process_cancel_streamlocal_forward_at_openssh_dot_com_global_request",
@@ -60,6 +64,7 @@ _OVERRIDDEN = (
 class Owner(Protocol):  # connection.py
     """What the transport asks of connection.py beside asyncssh's callbacks."""
 
+    def asks_as(self, name: bytes) -> None: ...
     def count_try(self, method: str) -> None: ...
     async def validate_key(self, key_data: bytes, signed: bool, verify: Verify) -> bool: ...
     def pause_writing(self) -> None: ...
@@ -110,7 +115,8 @@ class Transport(asyncssh.SSHServerConnection):
         super().data_received(data, datatype)
         if self._transport is None:
             return
-        if self._transport.get_write_buffer_size() > MAX_UNREAD:
+        most = MAX_UNREAD if self._auth_complete else MAX_UNREAD_BEFORE
+        if self._transport.get_write_buffer_size() > most:
             self.connection_lost(asyncssh.ConnectionLost("the client does not read"))
         elif len(self._global_request_queue) > MAX_GLOBAL_REQUESTS:
             self._give_up("too many global requests")
@@ -216,6 +222,12 @@ class Transport(asyncssh.SSHServerConnection):
         self._report_global_response(self._owner.cancel_listen(path or ""))
 
     # -- authentication (RFC 4252) ------------------------------------------------------------
+
+    def process_packet(self, pkttype: int, pktid: int, packet: SSHPacket) -> Any:
+        """The name that the client logs in by counts as it is sent, not as asyncssh folds it."""
+        if pkttype == MSG_USERAUTH_REQUEST and self._owner is not None:
+            self._owner.asks_as(SSHPacket(packet.get_full_payload()[1:]).get_string())
+        return super().process_packet(pkttype, pktid, packet)
 
     async def _finish_userauth(self, begin_auth: bool, method: bytes, packet: SSHPacket) -> None:
         """The way of every request to log in."""

@@ -12,7 +12,6 @@ import structlog
 from asyncssh.auth import KbdIntChallenge, KbdIntResponse
 from asyncssh.saslprep import SASLPrepError, saslprep
 
-from .accounts import find_account
 from .authentication import Authenticator, Login, RejectedError
 from .config import Address, Config
 from .lifecycle import Trace
@@ -44,6 +43,8 @@ class Entrance(asyncssh.SSHServer):
         self.peer = ""
         """The client's address and port, for the log."""
         self.login: Login | None = None
+        self._waits = True
+        """Whether nobody has logged in yet."""
         self._name: str | None = None
         self._tries = 0
         self._asked = False
@@ -51,7 +52,7 @@ class Entrance(asyncssh.SSHServer):
         """When the next password may be examined (monotonic clock)."""
         self._questions = 0
         self._failed = False
-        """Whether a try has failed that has not been penalised."""
+        """Whether a key was refused, which is penalised only if no other one is accepted."""
         self._timer: asyncio.TimerHandle | None = None
         self._reason = "by the client"
         """Why the connection has ended, if no error says it."""
@@ -82,8 +83,9 @@ class Entrance(asyncssh.SSHServer):
         """Count it no more."""
         self.limit_time(0)
         self.conn.stop_timers()
-        if self.login is None:
-            self._admission.gone(self.host)
+        self._admission.gone(self.host)
+        if self._waits:
+            self._admission.logged_in(self.host)
             if self._failed:
                 self._penalise(self.config.authfail_penalty)
 
@@ -134,6 +136,13 @@ class Entrance(asyncssh.SSHServer):
 
     # -- RFC 4252 -----------------------------------------------------------------------------
 
+    def asks_as(self, name: bytes) -> None:
+        """Note who the client says it is, once and as it is: asyncssh makes admin of ａｄｍｉｎ."""
+        as_text = name.decode("utf-8", "backslashreplace")
+        if self._name not in (None, as_text):
+            raise asyncssh.ProtocolError("the user name was changed")
+        self._name = as_text
+
     def count_try(self, method: str) -> None:
         """Count a try, whether it will be answered or not. Asking for the methods by "none" is none."""
         if method == "none" and not self._asked:
@@ -148,13 +157,10 @@ class Entrance(asyncssh.SSHServer):
 
     async def begin_auth(self, username: str) -> bool:
         """Open mode: a proper name is enough (method "none"). Returns whether more is needed."""
-        if self._name is not None:
-            raise asyncssh.ProtocolError("the user name was changed")
-        self._name = username
         if not self.config.open_mode:
             return True
         try:
-            self.login = await self._open_login(username)
+            self.login = await self._open_login(self._name or "")
         except RejectedError as exc:
             await self._reject("none", exc, 0)
             self._check_alive()
@@ -169,7 +175,7 @@ class Entrance(asyncssh.SSHServer):
             raise asyncssh.ConnectionLost("while logging in")
 
     async def _open_login(self, name: str) -> Login:
-        account = find_account(self.config, name)
+        account = self._authenticator.account(name)
         if account is None:
             raise RejectedError("that is no login name; use letters and digits")
         open_to_all = self.config.open_to_local_users or self.config.open_to_network
@@ -181,7 +187,8 @@ class Entrance(asyncssh.SSHServer):
         """Note who is in."""
         assert self.login is not None  # noqa: S101
         self._failed = False
-        self._admission.gone(self.host)
+        self._waits = False
+        self._admission.logged_in(self.host)
         self.limit_time(0)
         self.trace("auth.completed", user=self.user, method=self.login.method)
         log.info(
@@ -196,7 +203,6 @@ class Entrance(asyncssh.SSHServer):
             "authentication rejected", peer=self.peer, name=self._name, method=method,
             tries=self._tries, reason=str(exc), **exc.facts,
         )  # fmt: skip
-        self._failed = method != "none"  # in open mode there is nothing to guess
         await asyncio.sleep(delay)
         return False
 
@@ -212,6 +218,7 @@ class Entrance(asyncssh.SSHServer):
             if signed and not verify(key):
                 raise RejectedError("the signature is wrong", login.facts)
         except RejectedError as exc:
+            self._failed = True
             return await self._reject("publickey", exc, answer_at - time.monotonic())
         if signed:
             self.login = login
@@ -240,7 +247,8 @@ class Entrance(asyncssh.SSHServer):
         answer_at = self._not_before = now + wait + delay
         await asyncio.sleep(wait)
         try:
-            self.login = await self._authenticator.password(self._name or "", password, method)
+            async with self._admission.turn(self.host):
+                self.login = await self._authenticator.password(self._name or "", password, method)
         except RejectedError as exc:
             self._penalise(self.config.authfail_penalty)
             return await self._reject(method, exc, answer_at - time.monotonic())

@@ -28,6 +28,7 @@ MAX_PACKET = 32 * 1024
 
 _OVERRIDDEN = (
     *("process_open", "process_connection_close", "process_packet", "_cleanup"),
+    *("log_sent_packet", "log_received_packet"),
     *(f"_process_{name}_request" for name in ("pty_req", "env", "shell", "exec", "subsystem")),
     *("_service_next_request", "_report_response"),
     "_process_auth_agent_req_at_openssh_dot_com_request",

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import msgspec
 
-from gosshd_py import logs
+from gosshd_py import authentication, logs
 from gosshd_py.config import Config
 from gosshd_py.connection import Connection
 from gosshd_py.daemon import keep_what_is_loaded, traced
@@ -151,10 +151,11 @@ def sabotage(where: str) -> None:
         "write": (ChannelOutput, "write"),
         "spawn": (Connection, "_spawn"),
         "lookup": (socket, "getaddrinfo"),
+        "keys": (authentication, "read_keys"),
     }[where]
     real = getattr(owner, name)
 
-    if where == "lookup":
+    if where in ("lookup", "keys"):
 
         def slow(*_: object, **__: object) -> list[object]:
             time.sleep(5)

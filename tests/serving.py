@@ -65,7 +65,15 @@ class Served:
     SETTINGS: ClassVar = {
         "listen": ["127.0.0.1:0"],
         **dict.fromkeys(
-            ("max_startups", "per_source_max_startups", "connection_max_sessions", "max_penalty"), 0
+            (
+                "max_startups",
+                "per_source_max_startups",
+                "max_connections",
+                "per_source_max_connections",
+                "connection_max_sessions",
+                "max_penalty",
+            ),
+            0,
         ),
     }
 

@@ -183,11 +183,11 @@ def test_a_damaged_line_hides_no_other(serve: Serve, key: Key, tmp_path: Path) -
         "nonsense",
         key.public[:60],
     ]
-    keys.write_bytes("\n".join([*damaged, key.public, *damaged]).encode() + b"\xff\xfe\n")
+    keys.write_bytes("\n".join([*damaged, key.public, *damaged[:3]]).encode() + b"\xff\xfe\n")
     server = serve(accounts={"alice": {"authorized_keys": [str(keys)]}})
     assert accepted(server, key)
     assert accepted(server, key)
-    assert len(server.events("key line not used")) == 2 * len(damaged)  # said once
+    assert len(server.events("key line not used")) == len(damaged) + 3  # said once
 
 
 @pytest.mark.parametrize("end", ["\x0b", "\x0c", "\x1c", "\x85", "\u2028", "\r"])
@@ -351,7 +351,7 @@ def test_a_certificate_opens_the_account_of_its_principal(
     assert accepted(server, key.certify(ca, "-O", "extension:unknown@x=1"))
     event = server.events("authentication accepted")[0]
     ca_print = ca.fingerprint
-    assert event["certificate"] == f"id 'the id' serial 7 CA {ca_print}"
+    assert event["certificate"] == f"serial 7 CA {ca_print} id 'the id'"
     assert event["key"] == f"{key.fingerprint} ssh-ed25519"
 
 
@@ -585,7 +585,7 @@ def client_as(server: Served, user: str, *command: str) -> subprocess.CompletedP
     known_hosts.write_text(server.known_hosts.read_text())
     known_hosts.chmod(0o644)
     options = ("-o", f"UserKnownHostsFile={known_hosts}", "-o", "LogLevel=INFO")
-    argv = server.ssh_argv(*options, "HOST", *command)
+    argv = server.ssh_argv(*options, *(() if "HOST" in command else ("HOST",)), *command)
     try:
         return subprocess.run(argv, user=user, group=pwd.getpwnam(user).pw_gid, extra_groups=[], capture_output=True, timeout=20, check=False, env={"PATH": os.environ["PATH"]})  # fmt: skip
     finally:

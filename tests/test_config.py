@@ -13,7 +13,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from gosshd_py.accounts import find_account
+from gosshd_py.accounts import find_account, system_users
 from gosshd_py.config import Address, Config, ConfigError, is_loopback, parse_address
 from gosshd_py.load import load_config
 
@@ -68,6 +68,8 @@ def test_a_file_may_set_everything(tmp_path: Path) -> None:
         rlimits = {nofile = 100, nproc = 10, core = 1, cpu = 60, as = 1000000000}
         motd = "hello"
         max_auth_tries = 0
+        max_connections = 10
+        per_source_max_connections = 5
         max_startups = 1
         per_source_max_startups = 2
         authfail_penalty = 1.5
@@ -110,8 +112,11 @@ def test_flags_override_even_what_is_wrong_in_the_file(tmp_path: Path) -> None:
 
 def test_the_home_template_holds_the_login_name(tmp_path: Path) -> None:
     config = load(tmp_path, 'home = "/home/{user}/of/{user}"')
-    assert find_account(config, "eve").home == "/home/eve/of/eve"
-    assert find_account(Config(), "eve").home == pwd.getpwuid(os.geteuid()).pw_dir
+    assert find_account(config, "eve", {}).home == "/home/eve/of/eve"
+    assert (
+        find_account(Config(), "eve", system_users(Config())).home
+        == pwd.getpwuid(os.geteuid()).pw_dir
+    )
 
 
 # -- what may not ----------------------------------------------------------------------------------
