@@ -24,6 +24,12 @@ ROOT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 SKELETON = Path("/etc/skel")
 
+SFTP_SERVERS = tuple(
+    f"/usr/{folder}/sftp-server"
+    for folder in ("lib/openssh", "libexec/openssh", "libexec", "lib/ssh")
+)
+"""Where distributions put OpenSSH's sftp-server(8)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Account:

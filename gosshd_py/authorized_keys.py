@@ -79,9 +79,13 @@ class KeyLine:
     principals: tuple[str, ...] | None = None
     cert_authority: bool = False
 
+    def has_expired(self, now: float) -> bool:
+        """Whether it is past its expiry-time."""
+        return self.expires is not None and now >= self.expires
+
     def refuses(self, source: str, now: float) -> str:
         """Why the key may not be used by this address at this time; "" if it may."""
-        if self.expires is not None and now >= self.expires:
+        if self.has_expired(now):
             return "the key has expired"
         if self.sources and not match_source(source, self.sources):
             return f"the key may not be used from {source}"

@@ -122,7 +122,12 @@ class Channel(Flow, asyncssh.SSHServerSession[bytes]):
         self._launch = asyncio.create_task(self._agent_req())
 
     async def _agent_req(self) -> None:
-        self.wire.answer(await self.host.forward_agent())
+        self._stop_timer()  # it is our answer that is waited for
+        answer = False
+        with self._contained("auth-agent-req"):
+            answer = await self.host.forward_agent()
+        self.wire.answer(answer)
+        self._start_timer()
 
     def start(self, kind: str, command: bytes = b"") -> bool | None:
         """shell, exec, subsystem (RFC 4254 §6.5): start the program, once. The answer follows."""
@@ -183,7 +188,10 @@ class Channel(Flow, asyncssh.SSHServerSession[bytes]):
     def connection_made(self, chan: asyncssh.SSHServerChannel[bytes]) -> None:
         """Give it time for its request."""
         super().connection_made(chan)
-        if seconds := self.host.request_timeout:
+        self._start_timer()
+
+    def _start_timer(self) -> None:
+        if (seconds := self.host.request_timeout) and not self._started:
             self._timer = self._loop.call_later(seconds, self._no_request, seconds)
 
     def _no_request(self, seconds: float) -> None:

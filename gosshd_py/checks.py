@@ -11,13 +11,15 @@ import pwd
 import re
 import resource
 import shutil
+import stat
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from .accounts import find_account, system_users
+from .accounts import SFTP_SERVERS, find_account, system_users
 from .authorized_keys import check_source, read_keys
 from .config import (
     EVERYBODY_ELSE,
@@ -80,6 +82,8 @@ def warnings_of(config: Config) -> list[str]:
                 f"run_as is not set: {who} gets a shell as root; set run_as to another user"
             )
     users = system_users(config)
+    if config.sftp and any(name and user.pw_uid for name, user in users.items()):
+        found += _sftp_for_others()
     for name, account in (config.accounts or {}).items():
         known = find_account(config, name, users)
         owners, run_as = (known.key_owners, known.run_as) if known else (None, None)
@@ -91,6 +95,21 @@ def warnings_of(config: Config) -> list[str]:
         problems = read_keys(source, frozenset((0, os.geteuid())))[1]
         found += [f"auth.trusted_user_ca_keys: {problem}" for problem in problems]
     return found
+
+
+def _sftp_for_others() -> list[str]:
+    """Whether the shells' users can run an SFTP server."""
+    if any(os.access(path, os.X_OK) for path in SFTP_SERVERS):
+        return []
+    python = Path(sys.executable).resolve()
+    closed = [
+        place for place in (python, *python.parents) if not place.stat().st_mode & stat.S_IXOTH
+    ]
+    return [
+        f"sftp will not work: other users may not enter {place}, so they cannot run our own server; "
+        "install openssh-sftp-server"
+        for place in closed[-1:]
+    ]
 
 
 def _gets_a_shell_as_root(config: Config, account: AccountSettings) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Collection
 
 import structlog
 
-from .accounts import Account
+from .accounts import SFTP_SERVERS, Account
 from .authentication import Login
 from .lifecycle import SpawnError, Start
 from .process import Command
@@ -21,13 +21,6 @@ log = structlog.get_logger()
 
 Ends = tuple[str, int, str, int]
 """The client's address and port, then ours."""
-
-
-SFTP_SERVERS = tuple(
-    f"/usr/{folder}/sftp-server"
-    for folder in ("lib/openssh", "libexec/openssh", "libexec", "lib/ssh")
-)
-"""Where distributions put OpenSSH's sftp-server(8)."""
 
 
 def _subsystem(account: Account, name: bytes) -> bytes:

@@ -234,10 +234,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     """Sessions that the server runs at a time."""
 
     idle_timeout: SecondsOrOff = 1800.0
-    """Seconds without a byte in either direction after which a session is ended; a terminal is warned a minute before."""
+    """Seconds without a byte in either direction after which a session or a forward is ended; a terminal is warned a minute before."""
 
     session_timeout: SecondsOrOff = 0.0
-    """Seconds that a session may last; a terminal is warned a minute before."""
+    """Seconds that a session or a forward may last; a terminal is warned a minute before."""
 
     unused_connection_timeout: SecondsOrOff = 300.0
     """Seconds that a connection may have no channel. One that may forward may wait for its turn longer."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field, replace
 
 import asyncssh
@@ -93,8 +93,12 @@ class Connection(Forwards):
 
     # -- RFC 4254 -----------------------------------------------------------------------------
 
-    def session_requested(self) -> tuple[SessionWire, Channel]:
-        """A session channel (RFC 4254 §6.1). Forwards are forward.py's; other kinds are refused."""
+    def session_requested(self) -> tuple[SessionWire, Awaitable[Channel]]:
+        """A session channel (RFC 4254 §6.1). Forwards are forward.py's; other kinds are refused.
+
+        Open only when the client knows of every listener that it has asked for: a command behind
+        a refused one never runs (ExitOnForwardFailure).
+        """
         account = self._permitted.account
         if self._shared.stopping:
             raise asyncssh.ChannelOpenError(asyncssh.OPEN_CONNECT_FAILED, self._shared.stopping)
@@ -108,7 +112,7 @@ class Connection(Forwards):
         channel.wire = SessionWire(self.conn, channel)
         self._places.opened(channel)
         self.limit_time(0)
-        return channel.wire, channel
+        return channel.wire, self.when_listening(channel)
 
     def channel_closed(self, channel: Flow) -> None:
         """The client's CLOSE has come, or the connection has ended."""
@@ -144,7 +148,6 @@ class Connection(Forwards):
 
     async def prepare(self) -> None:
         """What is done before a program starts and may take its time."""
-        await self.listeners_answered()
         await prepare_home(self._permitted.account)
 
     def start(self, channel: Channel, request: Start) -> PtyProgram | PipeProgram:

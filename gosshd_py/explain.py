@@ -7,8 +7,9 @@ import time
 from pathlib import Path
 
 from .accounts import Account, find_account, system_users
-from .authorized_keys import Permissions, read_keys
+from .authorized_keys import KeyLine, Permissions, read_keys
 from .config import Config, parse_address
+from .passwords import LOCKED
 from .places import ForbiddenError, check_asked, check_found
 
 
@@ -21,11 +22,17 @@ def explain_forward(config: Config, user: str, place: str, key_file: str | None)
     account = find_account(config, user, system_users(config))
     if account is None:
         raise ForbiddenError(f"{user} has no account, so no login either")
-    permissions = _permissions(account, key_file) if key_file else Permissions()
+    if account.password == LOCKED:
+        raise ForbiddenError(f"the account {user} is locked")
+    permissions, words = Permissions(), []
+    if key_file:
+        line = _line(account, key_file)
+        permissions = line.permissions
+        words = [f"with this key only from {','.join(line.sources)}"] if line.sources else []
     if not permissions.port_forwarding:
         raise ForbiddenError("the line of this key does not permit port forwarding")
     rule = check_asked("permit_open", account.permit_open, permissions.permit_open, host, port)
-    words = [f"permit_open of the account has {rule}"]
+    words.append(f"permit_open of the account has {rule}")
     if permissions.permit_open is not None:
         named = check_asked("permit_open", permissions.permit_open, None, host, port)
         words.append(f"permitopen of the key has {named}")
@@ -36,9 +43,7 @@ def explain_forward(config: Config, user: str, place: str, key_file: str | None)
     used, skipped = [], []
     for address in dict.fromkeys(str(address[0]) for *_, address in found):
         try:
-            check_found(account.permit_open, host, address, port)
-            if permissions.permit_open is not None:
-                check_found(permissions.permit_open, host, address, port)
+            check_found(account.permit_open, permissions.permit_open, host, address, port)
             used.append(address)
         except ForbiddenError as exc:
             skipped.append(str(exc))
@@ -49,15 +54,16 @@ def explain_forward(config: Config, user: str, place: str, key_file: str | None)
     )
 
 
-def _permissions(account: Account, key_file: str) -> Permissions:
-    """What the account's line for this key says. Raises ValueError, ForbiddenError."""
+def _line(account: Account, key_file: str) -> KeyLine:
+    """The account's line for this key that counts. Raises ValueError, ForbiddenError."""
     keys, problems = read_keys(str(Path(key_file).absolute()))
     if not keys:
         raise ValueError(f"{next(iter(problems), f'{key_file}: is empty')}; name a public key")
+    reason = "no line has it"
     for source in account.authorized_keys:
         for line in read_keys(source, account.key_owners, account.run_as)[0]:
             if line.key.public_data == keys[0].key.public_data and not line.cert_authority:
-                if reason := line.refuses("127.0.0.1", time.time()) if not line.sources else "":
-                    raise ForbiddenError(reason)
-                return line.permissions
-    raise ForbiddenError(f"{account.name} cannot log in with this key: no line has it")
+                if not line.has_expired(time.time()):
+                    return line
+                reason = "it has expired"
+    raise ForbiddenError(f"{account.name} cannot log in with this key: {reason}")

@@ -1,7 +1,8 @@
 """Forwards (RFC 4254 §7): sockets carried over channels, to and from places that are named.
 
 Promises: nothing is forwarded until a rule allows it; each end of file is passed on by itself, and
-each error ends both directions; a forward that stalls holds two windows and stalls nobody else.
+an end that nobody told is seen as one: what the target got is then not all; a forward that stalls
+holds two windows and stalls nobody else.
 """
 
 from __future__ import annotations
@@ -11,12 +12,10 @@ import errno
 import logging
 import os
 import socket
-import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, TypeVar
 
 import asyncssh
 import structlog
@@ -25,29 +24,38 @@ from asyncssh.channel import SSHAgentChannel
 from .accounts import Account
 from .authentication import Login
 from .flow import Flow
-from .fsuser import as_user
 from .lifecycle import Cause
 from .limits import SessionClock
 from .places import ForbiddenError, check_asked, check_found, check_path, is_address
 from .process import Descriptor
-from .threads import in_thread
+from .sockets import (
+    CONNECT_TIMEOUT,
+    LOOPBACK,
+    Listener,
+    Threads,
+    bind,
+    bind_in_own_folder,
+    bind_path,
+    connect,
+    connect_path,
+    cut,
+    look_up,
+    why,
+)
 from .userauth import Entrance
 from .wire import MAX_PACKET, WINDOW, Watched
 
 log = structlog.get_logger()
 
-CONNECT_TIMEOUT = 20.0
-"""Seconds for a name to be looked up and a connection to be made."""
+_Channel = TypeVar("_Channel")
 
-BACKLOG = 128
-
-LOOPBACK = ("127.0.0.1", "::1")
+EVERYWHERE = ("0.0.0.0", "::")  # noqa: S104  # bound only where a rule names it
 
 LAST_INPUT = 5.0
-"""Seconds for a target to take what the client has sent before its CLOSE."""
+"""Seconds for a target to take some of what the client has sent before its CLOSE."""
 
-LOOKUPS = 4
-"""Names and paths that one connection may wait for at a time; each holds a thread."""
+PIECE = 64 * 1024
+"""Bytes written to a target at once."""
 
 
 # -- the channel ----------------------------------------------------------------------------------
@@ -78,24 +86,38 @@ class Forward(Flow, asyncssh.SSHTCPSession[bytes]):
         self._began = time.monotonic()
         self._bytes = {"bytes_in": 0, "bytes_out": 0}
         self._task: asyncio.Task[None] | None = None
+        self._refused: asyncio.Future[None] = self._loop.create_future()
+        """Done when the target takes no more input."""
         self.dropped = False
 
     def notice(self, text: str) -> None:
         """Nobody reads here."""
 
-    async def to(self, connect: Awaitable[socket.socket]) -> Forward:
-        """Wait for the socket of a channel that the client opens. Raises ChannelOpenError."""
+    async def to(self, connecting: Callable[[], Coroutine[Any, Any, socket.socket]]) -> Forward:
+        """Get the socket of a channel that the client opens. Raises ChannelOpenError."""
+        task = self._loop.create_task(connecting())
+        ends = (task, self.ended)
         try:
-            async with asyncio.timeout(CONNECT_TIMEOUT):
-                self._sock = await connect
+            await asyncio.wait(ends, timeout=CONNECT_TIMEOUT, return_when=asyncio.FIRST_COMPLETED)
+            if self.ended.done():
+                task.cancel()
+            elif not task.done():
+                raise TimeoutError
+            self._sock = await task
+        except asyncio.CancelledError:
+            if not self.ended.done():
+                raise  # it is us who are cancelled
+            raise asyncssh.ChannelOpenError(asyncssh.OPEN_CONNECT_FAILED, "the client has gone") from None  # fmt: skip
         except ForbiddenError as exc:
             self._forwards.forbidden(str(exc), **self._facts)
             raise _prohibited(str(exc)) from exc
         except (OSError, UnicodeError) as exc:
-            reason = _why(exc)
+            reason = why(exc)
             self._forwards.forbidden(f"cannot connect: {reason}", **self._facts)
             raise asyncssh.ChannelOpenError(asyncssh.OPEN_CONNECT_FAILED, f"gosshd: {reason}") from exc  # fmt: skip
-        if self.ended.done():  # the client has gone meanwhile
+        finally:
+            task.cancel()
+        if self.ended.done():
             self._sock.close()
             raise asyncssh.ChannelOpenError(asyncssh.OPEN_CONNECT_FAILED, "the client has gone")
         return self
@@ -113,21 +135,36 @@ class Forward(Flow, asyncssh.SSHTCPSession[bytes]):
         clock = SessionClock(self, self._forwards.config, self._forwards.limit_hit)
         out = self._loop.create_task(self._copy_out(descriptor))
         into = self._loop.create_task(self._copy_in(descriptor))
-        both: asyncio.Future[Any] = asyncio.gather(out, into)
-        both.add_done_callback(
-            lambda ends: ends.cancelled() or ends.exception()
-        )  # an end, no error
         try:
-            await asyncio.wait((both, self.ended), return_when=asyncio.FIRST_COMPLETED)
-            if not both.done() and self.ended.result() is Cause.CLIENT_CLOSED:
-                await asyncio.wait((into,), timeout=LAST_INPUT)
+            # Where the output has ended, and nobody takes input, there is nothing left to carry.
+            await self._first(out)
+            if not self.ended.done() and out.exception() is None:
+                await self._first(into, self._refused)
+            if self.ended.done() and self.ended.result() is Cause.CLIENT_CLOSED:
+                await self._last_input(into)
         finally:
             clock.stop()
+            if not into.done():
+                cut(self._sock)
             for copier in (out, into):
                 copier.cancel()
             await asyncio.wait((out, into))
             descriptor.close()
             await self._close()
+        for copier in (out, into):
+            exc = None if copier.cancelled() else copier.exception()
+            if exc is not None and not isinstance(exc, OSError):
+                log.error("forward failed", **self._forwards.who, **self._facts, exc_info=exc)
+
+    async def _first(self, *ends: asyncio.Future[Any]) -> None:
+        await asyncio.wait((*ends, self.ended), return_when=asyncio.FIRST_COMPLETED)
+
+    async def _last_input(self, into: asyncio.Task[None]) -> None:
+        """Let the target take what the client has sent before it closed, as long as it takes any."""
+        before = -1
+        while not (into.done() or self._refused.done()) and before != self._bytes["bytes_in"]:
+            before = self._bytes["bytes_in"]
+            await asyncio.wait((into, self._refused), timeout=LAST_INPUT, return_when=asyncio.FIRST_COMPLETED)  # fmt: skip
 
     async def _copy_out(self, descriptor: Descriptor) -> None:
         while data := await descriptor.read():
@@ -138,11 +175,26 @@ class Forward(Flow, asyncssh.SSHTCPSession[bytes]):
             self.wire.write_eof()
 
     async def _copy_in(self, descriptor: Descriptor) -> None:
-        while data := await self.stdin.read():
-            await descriptor.write(data)
-            self._bytes["bytes_in"] += len(data)
         assert self._sock is not None  # noqa: S101
-        self._sock.shutdown(socket.SHUT_WR)
+        try:
+            while data := await self.stdin.read():
+                await self._write(descriptor, data)
+            self._sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            # The target reads no more. Its output may still flow, so the client must be able to
+            # send the rest.
+            self._refused.set_result(None)
+            while await self.stdin.read():
+                pass
+
+    async def _write(self, descriptor: Descriptor, data: bytes) -> None:
+        """Write in pieces, each counted: a slow target is one that takes some."""
+        view = memoryview(data)
+        while view:
+            piece, view = view[:PIECE], view[PIECE:]
+            await descriptor.write(bytes(piece))
+            self.active = self._loop.time()
+            self._bytes["bytes_in"] += len(piece)
 
     async def _close(self) -> None:
         with suppress(TimeoutError):
@@ -166,15 +218,6 @@ class Forward(Flow, asyncssh.SSHTCPSession[bytes]):
             self._sock.close()
 
 
-def _why(exc: Exception) -> str:
-    """The words for an error of a connection; asyncio's own have none of their own."""
-    if isinstance(exc, TimeoutError) and exc.errno is None:
-        return f"no answer within {CONNECT_TIMEOUT:g} s"
-    if isinstance(exc, socket.gaierror) or not (isinstance(exc, OSError) and exc.errno):
-        return str(exc.strerror if isinstance(exc, OSError) else exc) or type(exc).__name__
-    return os.strerror(exc.errno)
-
-
 def _prohibited(reason: str) -> asyncssh.ChannelOpenError:
     return asyncssh.ChannelOpenError(asyncssh.OPEN_ADMINISTRATIVELY_PROHIBITED, f"gosshd: {reason}")
 
@@ -192,18 +235,8 @@ class Forwards(Entrance):
         self._open: set[Flow] = set()
         self._listeners: dict[tuple[str, int] | str, Listener] = {}
         self._agent: tuple[Listener, str] | None = None
-        self._lookups = asyncio.Semaphore(LOOKUPS)
+        self._names, self._files = Threads(), Threads()
         self._answering: set[asyncio.Future[bool]] = set()
-
-    async def _in_thread(self, action: Callable[[], Any]) -> Any:
-        """Do what may take its time. A thread that we no longer wait for still counts."""
-        await self._lookups.acquire()
-        try:
-            work = in_thread(action, self._lookups.release)
-        except BaseException:
-            self._lookups.release()
-            raise
-        return await work
 
     @property
     def who(self) -> dict[str, object]:
@@ -233,8 +266,7 @@ class Forwards(Entrance):
     def _check(self, kind: str, host: str, port: int) -> str:
         """The rule that allows it. Raises ForbiddenError."""
         account, login = self._entitled
-        if not login.permissions.port_forwarding:
-            raise ForbiddenError("the key or the certificate does not permit port forwarding")
+        self._check_permission()
         rules = {
             "permit_open": (account.permit_open, login.permissions.permit_open),
             "permit_listen": (account.permit_listen, login.permissions.permit_listen),
@@ -243,9 +275,19 @@ class Forwards(Entrance):
 
     def _check_path(self, kind: str, path: str) -> str:
         account, login = self._entitled
+        self._check_permission()
+        of_key = {
+            "permit_open_sockets": login.permissions.permit_open,
+            "permit_listen_sockets": login.permissions.permit_listen,
+        }[kind]
+        if of_key is not None:
+            raise ForbiddenError("a key that names ports is for no sockets")
+        return check_path(kind, getattr(account, kind), path)
+
+    def _check_permission(self) -> None:
+        _, login = self._entitled
         if not login.permissions.port_forwarding:
             raise ForbiddenError("the key or the certificate does not permit port forwarding")
-        return check_path(kind, getattr(account, kind), path)
 
     def _room(self) -> None:
         """Raises ForbiddenError when there are as many as there may be."""
@@ -284,29 +326,17 @@ class Forwards(Entrance):
             self, TcpWire, kind="direct-tcpip", to=f"{dest_host}:{dest_port}", rule=rule
         )
         self._admit(forward)
-        return forward.wire, forward.to(self._connect(dest_host, dest_port))
+        return forward.wire, forward.to(lambda: self._connect(dest_host, dest_port))
 
     async def _connect(self, host: str, port: int) -> socket.socket:
         """Connect to the first address that answers, but only to those that may be."""
         account, login = self._entitled
-        loop = asyncio.get_running_loop()
-        found = await self._in_thread(
-            lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        )
         error: Exception = OSError(errno.EHOSTUNREACH, os.strerror(errno.EHOSTUNREACH))
-        for family, kind, protocol, _, address in dict.fromkeys(found):
+        for family, kind, protocol, _, address in await look_up(host, port, self._names):
             try:
-                check_found(account.permit_open, host, str(address[0]), port)
-                if login.permissions.permit_open is not None:
-                    check_found(login.permissions.permit_open, host, str(address[0]), port)
-                sock = socket.socket(family, kind | socket.SOCK_NONBLOCK, protocol)
-                try:
-                    await loop.sock_connect(sock, address)
-                except BaseException:
-                    sock.close()
-                    raise
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                return sock
+                rules = (account.permit_open, login.permissions.permit_open)
+                check_found(*rules, host, str(address[0]), port)
+                return await connect(family, kind, protocol, address)
             except (OSError, ForbiddenError) as exc:
                 error = exc
         raise error
@@ -321,21 +351,11 @@ class Forwards(Entrance):
             raise _prohibited(str(exc)) from exc
         forward = Forward(self, UnixWire, kind="direct-streamlocal", to=dest_path, rule=rule)
         self._admit(forward)
-        return forward.wire, forward.to(self._connect_path(dest_path))
+        return forward.wire, forward.to(lambda: self._connect_path(dest_path))
 
     async def _connect_path(self, path: str) -> socket.socket:
         account, _ = self._entitled
-
-        def connect() -> socket.socket:
-            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-            try:
-                sock.connect(path)
-            except BaseException:
-                sock.close()
-                raise
-            return sock
-
-        sock: socket.socket = await self._in_thread(lambda: as_user(account.run_as, connect))
+        sock: socket.socket = await self._files.do(lambda: connect_path(path, account.run_as))
         return sock
 
     # -- we listen for the client: tcpip-forward, streamlocal-forward -----------------------------
@@ -355,12 +375,12 @@ class Forwards(Entrance):
             if port and (host, port) in self._listeners:
                 raise ForbiddenError(f"{asked} is listened on already")
             self._room()
-            sockets = _bind(hosts, port)
+            sockets = bind(hosts, port)
         except ForbiddenError as exc:
             self.forbidden(str(exc), kind="tcpip-forward", listen=asked)
             return None
         except OSError as exc:
-            self.forbidden(f"cannot listen: {_why(exc)}", kind="tcpip-forward", listen=asked)
+            self.forbidden(f"cannot listen: {why(exc)}", kind="tcpip-forward", listen=asked)
             return None
         real = int(sockets[0].getsockname()[1])
 
@@ -379,15 +399,16 @@ class Forwards(Entrance):
         """
         account, _ = self._entitled
         if account.gateway_ports and host not in ("localhost", *LOOPBACK):
-            if host in ("", "*"):
-                return ["0.0.0.0", "::"], self._check("permit_listen", "0.0.0.0", port)  # noqa: S104
-            if not is_address(host):
+            wanted = {"": EVERYWHERE, "*": EVERYWHERE}.get(host, (host,))
+            if not is_address(wanted[0]):
                 raise ForbiddenError(f"{host} is not an address to listen on")
-            return [host], self._check("permit_listen", host, port)
+            names: tuple[str, ...] = ()
+        else:
+            wanted, names = (host,) if host in LOOPBACK else LOOPBACK, ("localhost",)
         allowed: dict[str, str] = {}
         error = ForbiddenError("")
-        for address in (host,) if host in LOOPBACK else LOOPBACK:
-            for name in (address, "localhost"):
+        for address in wanted:
+            for name in (address, *names):
                 try:
                     allowed.setdefault(address, self._check("permit_listen", name, port))
                 except ForbiddenError as exc:
@@ -438,10 +459,11 @@ class Forwards(Entrance):
         answer.add_done_callback(self._answering.discard)
         return await answer
 
-    async def listeners_answered(self) -> None:
-        """Wait until the client knows of every listener that it has asked for."""
+    async def when_listening(self, channel: _Channel) -> _Channel:
+        """The channel, as soon as the client knows of every listener that it has asked for."""
         while self._answering:
             await asyncio.wait(self._answering)
+        return channel
 
     async def _listen_path(self, path: str) -> bool:
         account, _ = self._entitled
@@ -451,14 +473,12 @@ class Forwards(Entrance):
                 raise ForbiddenError(f"{path} is listened on already")
             self._room()
             async with asyncio.timeout(CONNECT_TIMEOUT):
-                bound = await self._in_thread(
-                    lambda: as_user(account.run_as, lambda: _bind_path(path))
-                )
+                bound = await self._files.do(lambda: bind_path(path, account.run_as))
         except ForbiddenError as exc:
             self.forbidden(str(exc), kind="streamlocal-forward", listen=path)
             return False
         except (OSError, ValueError) as exc:
-            self.forbidden(f"cannot listen: {_why(exc)}", kind="streamlocal-forward", listen=path)
+            self.forbidden(f"cannot listen: {why(exc)}", kind="streamlocal-forward", listen=path)
             return False
 
         async def accept(sock: socket.socket, _: Any) -> None:
@@ -468,7 +488,7 @@ class Forwards(Entrance):
 
             await self._offer(sock, UnixWire, opening, kind="forwarded-streamlocal", listen=path)
 
-        listener = Listener([bound.sock], accept, bound, account.run_as)
+        listener = Listener([bound.sock], accept, bound)
         if self.conn.is_closed() or path in self._listeners:
             listener.close()
             return False
@@ -481,11 +501,18 @@ class Forwards(Entrance):
         self.trace("listener.opened", **facts)
         log.info("forward listening", **self.who, **facts)
 
-    def cancel_listen(self, key: tuple[str, int] | str) -> bool:
-        """cancel-tcpip-forward and its like. False: there is none."""
-        listener = self._listeners.pop(key, None)
+    def cancel_listen(self, host: str, port: int) -> bool:
+        """cancel-tcpip-forward (RFC 4254 §7.1). False: there is none."""
+        listener = self._listeners.pop((host, port), None)
         if listener is not None:
             listener.close()
+        return listener is not None
+
+    async def cancel_listen_path(self, path: str) -> bool:
+        """cancel-streamlocal-forward@openssh.com: answered when the path is free again."""
+        listener = self._listeners.pop(path, None)
+        if listener is not None:
+            await listener.aclose()
         return listener is not None
 
     # -- the client's agent ------------------------------------------------------------------------
@@ -504,13 +531,11 @@ class Forwards(Entrance):
         if self._agent is not None:
             return True
 
-        def make() -> Bound:
-            return _bind_path(f"{tempfile.mkdtemp(prefix='gosshd-agent-')}/agent.sock")
-
         try:
-            bound = await self._in_thread(lambda: as_user(account.run_as, make))
+            async with asyncio.timeout(CONNECT_TIMEOUT):
+                bound = await self._files.do(lambda: bind_in_own_folder(account.run_as))
         except OSError as exc:
-            self.forbidden(f"cannot listen: {_why(exc)}", kind="auth-agent")
+            self.forbidden(f"cannot listen: {why(exc)}", kind="auth-agent")
             return False
 
         async def accept(sock: socket.socket, _: Any) -> None:
@@ -520,117 +545,9 @@ class Forwards(Entrance):
 
             await self._offer(sock, AgentWire, opening, kind="auth-agent")
 
-        listener = Listener([bound.sock], accept, bound, account.run_as, folder=True)
+        listener = Listener([bound.sock], accept, bound)
         if self.conn.is_closed() or self._agent is not None:
             listener.close()
             return self._agent is not None
         self._agent = (listener, bound.path)
         return True
-
-
-class Listener:
-    """Sockets that we listen on for a client. accept: takes over each connection."""
-
-    def __init__(
-        self,
-        sockets: list[socket.socket],
-        accept: Callable[[socket.socket, Any], Awaitable[None]],
-        bound: Bound | None = None,
-        run_as: tuple[int, int] | None = None,
-        folder: bool = False,
-    ) -> None:
-        self._sockets = sockets
-        self._accept = accept
-        self._bound, self._run_as, self._folder = bound, run_as, folder
-        self._closed = False
-        self._loop = asyncio.get_running_loop()
-        self._tasks: set[asyncio.Task[None]] = set()
-        for sock in sockets:
-            self._loop.add_reader(sock.fileno(), self._ready, sock)
-
-    def _ready(self, sock: socket.socket) -> None:
-        try:
-            accepted, peer = sock.accept()
-        except OSError as exc:
-            if exc.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                self._loop.remove_reader(sock.fileno())  # it would be called again at once
-                self._loop.call_later(1.0, self._listen_again, sock)
-            return  # else: gone again
-        task = self._loop.create_task(self._hand_on(accepted, peer))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    def _listen_again(self, sock: socket.socket) -> None:
-        if not self._closed:
-            self._loop.add_reader(sock.fileno(), self._ready, sock)
-
-    async def _hand_on(self, sock: socket.socket, peer: Any) -> None:
-        try:
-            await self._accept(sock, peer)
-        except Exception:
-            sock.close()
-            log.exception("internal error", request="forward")
-
-    def close(self) -> None:
-        """Stop listening, and remove what is on the disk."""
-        self._closed = True
-        for sock in self._sockets:
-            self._loop.remove_reader(sock.fileno())
-            sock.close()
-        if self._bound is not None:
-            with suppress(OSError):
-                in_thread(lambda: as_user(self._run_as, self._remove))
-
-    def _remove(self) -> None:
-        """The socket's file, if it is still ours: a new tunnel may have put its own there."""
-        assert self._bound is not None  # noqa: S101
-        path = Path(self._bound.path)
-        with suppress(OSError):
-            found = path.lstat()
-            if (found.st_dev, found.st_ino) == self._bound.identity:
-                path.unlink()
-            if self._folder:
-                path.parent.rmdir()
-
-
-class Bound(NamedTuple):
-    """A unix socket with its file: the path, and which file it was when we made it."""
-
-    sock: socket.socket
-    path: str
-    identity: tuple[int, int]
-
-
-def _bind(hosts: list[str], port: int) -> list[socket.socket]:
-    """Listen on all the addresses at one port; an address family that is missing is left out."""
-    sockets: list[socket.socket] = []
-    try:
-        for host in hosts:
-            family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            try:
-                sock = socket.create_server((host, port), family=family, backlog=BACKLOG)
-            except OSError as exc:
-                if sockets and exc.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
-                    continue
-                raise
-            sock.setblocking(False)
-            sockets.append(sock)
-            port = sock.getsockname()[1]
-    except BaseException:
-        for sock in sockets:
-            sock.close()
-        raise
-    return sockets
-
-
-def _bind_path(path: str) -> Bound:
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    try:
-        sock.bind(path)
-        Path(path).chmod(0o600)  # before anybody can connect
-        found = Path(path).lstat()
-        sock.listen(BACKLOG)
-    except BaseException:
-        sock.close()
-        raise
-    return Bound(sock, path, (found.st_dev, found.st_ino))

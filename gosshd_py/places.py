@@ -88,8 +88,8 @@ _SPECIAL = [
     ipaddress.ip_network(text)
     for text in (
         "0.0.0.0/8",
-        "100.100.100.200/32",
-        "fd00:ec2::254/128",
+        *("100.100.100.200/32", "168.63.129.16/32", "192.0.0.192/32"),
+        *("fd00:ec2::254/128", "fd20:ce::254/128"),
         "fec0::/10",
         "64:ff9b::/96",
     )
@@ -122,19 +122,25 @@ def check_asked(kind: str, account: Collection[str], key: Collection[str] | None
     return rule
 
 
-def check_found(rules: Collection[str], host: str, address: str, port: int) -> None:
+def check_found(
+    account: Collection[str], key: Collection[str] | None, host: str, address: str, port: int
+) -> None:
     """Whether what a name was found to be may be connected to. Raises ForbiddenError.
 
-    Addresses that are no ordinary host must be named themselves.
+    Addresses that are no ordinary host must be named themselves: by the account, and by the key if
+    it has rules.
     """
-    if _is_special(_ip(address)) and not any(
-        parse_place(rule).names(address, port) for rule in rules
-    ):
-        raise ForbiddenError(f"{host} leads to {address}, which no rule names")
+    if not _is_special(_ip(address)):
+        return
+    for rules in (account, key):
+        if rules is not None and not any(parse_place(rule).names(address, port) for rule in rules):
+            raise ForbiddenError(f"{host} leads to {address}, which no rule names")
 
 
 def check_path(kind: str, account: Collection[str], path: str) -> str:
     """The rule that allows a unix socket: its path, or *. Raises ForbiddenError."""
+    if not path.startswith("/"):
+        raise ForbiddenError(f"{path!r} is not an absolute path")
     for rule in account:
         if rule in (ANY, path):
             return rule

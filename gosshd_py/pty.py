@@ -80,7 +80,6 @@ class PtyProgram:
 
         Adds TERM and SSH_TTY to the environment. Raises SpawnError.
         """
-        trace = command.trace
         try:
             master, slave = os.openpty()
         except OSError as exc:
@@ -95,17 +94,18 @@ class PtyProgram:
             # The pty-req's TERM counts, not one from an env request.
             client_env = {key: value for key, value in command.client_env.items() if key != "TERM"}
             started = replace(command, env=env, client_env=client_env)
-            trace("pty.opened", master=master, slave=slave, name=name, size=str(terminal.size))
+            size = str(terminal.size)
+            command.trace("pty.opened", master=master, slave=slave, name=name, size=size)
             child = spawn(started, stdin=slave, stdout=slave, stderr=slave, terminal=True)
         except BaseException as exc:
             os.close(master)
-            trace("fd.closed", fd=master, what="master")
+            command.trace("fd.closed", fd=master, what="master")
             if isinstance(exc, (OSError, termios.error)):
                 raise SpawnError(f"cannot set up the terminal: {exc.args[1]}") from exc
             raise
         finally:
             os.close(slave)
-            trace("fd.closed", fd=slave, what="slave")
+            command.trace("fd.closed", fd=slave, what="slave")
         return cls(PtyHandle(child.pid, master), child, grace)
 
     @property

@@ -54,7 +54,6 @@ class Server:
         self.host_keys: list[asyncssh.SSHKey] = []
         self._traces = (Trace(tell, number) for number in itertools.count(1))
         self._shared = Shared(self._run_session)
-        self._stopping = False
         self._sessions: dict[asyncio.Task[None], Channel] = {}
         self._listeners: list[asyncio.Server] = []
 
@@ -100,11 +99,8 @@ class Server:
         host, port = transport.get_extra_info("peername")[:2]
         fd = transport.get_extra_info("socket").fileno
         trace("tcp.accepted", peer=str(Address(host, port)), fd=fd)
-        words = (
-            SHUTDOWN_NOTICE
-            if self._stopping
-            else self._shared.admission.reason_to_refuse(self.config, host)
-        )
+        admission = self._shared.admission
+        words = self._shared.stopping or admission.reason_to_refuse(self.config, host)
         if words:
             trace("tcp.refused", reason=words)
         return words or Transport(self._options, trace)
@@ -124,7 +120,7 @@ class Server:
     def _run_session(
         self, connection: Connection, channel: Channel, start: Start, program: Program
     ) -> None:
-        if self._stopping:
+        if self._shared.stopping:
             channel.end(Cause.SHUTDOWN, SHUTDOWN_NOTICE)
         task = asyncio.create_task(self._session(connection, channel, start, program))
         self._sessions[task] = channel
@@ -158,7 +154,6 @@ class Server:
 
     async def __aexit__(self, *_: object) -> None:
         """Stop. See the class."""
-        self._stopping = True
         self._shared.stopping = SHUTDOWN_NOTICE
         for listener in self._listeners:
             listener.close()

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import sys
 from contextlib import suppress
-from typing import Any
+from typing import Any, cast
 
 import asyncssh
 from asyncssh.constants import FXF_APPEND, FXF_CREAT, FXF_TRUNC, FXF_WRITE
@@ -22,11 +21,16 @@ from asyncssh.sftp import run_sftp_server
 WRITES = FXF_WRITE | FXF_APPEND | FXF_CREAT | FXF_TRUNC
 
 
+MAX_READ = 256 * 1024
+"""Bytes of an answer at most, as with OpenSSH's; the client asks for the rest again."""
+
+
 class Files(asyncssh.SFTPServer):
     """The files that this process can reach."""
 
-    def __init__(self, channel: Any) -> None:
-        super().__init__(channel)
+    def read(self, file_obj: object, offset: int, size: int) -> bytes:
+        """Read some of what is asked for: the size is whatever the client has sent."""
+        return cast("bytes", super().read(file_obj, offset, min(size, MAX_READ)))
 
 
 def _denied(*_: Any, **__: Any) -> Any:
@@ -91,7 +95,8 @@ class Reader:
         return await self._stream.readexactly(size)
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
-        return default
+        # The arguments of a symlink come in OpenSSH's order, not the draft's, from all that is in use.
+        return "OpenSSH" if name == "client_version" else default
 
 
 class Writer:
@@ -133,7 +138,6 @@ def main() -> None:
     if [option for option in options if option != "-R"]:
         sys.exit("usage: python -m gosshd_py.sftp [-R]")
     logging.disable()
-    os.chdir(os.environ.get("HOME", "/"))
     try:
         asyncio.run(serve("-R" in options))
     except (OSError, asyncssh.Error, ValueError) as exc:

@@ -50,5 +50,9 @@ def in_thread(
         with suppress(RuntimeError):  # the loop has ended before
             loop.call_soon_threadsafe(answer, result, error)
 
-    threading.Thread(target=run, daemon=True).start()
+    try:
+        threading.Thread(target=run, daemon=True).start()
+    except RuntimeError as exc:  # there are too many processes
+        _places.release()
+        raise OSError(errno.EAGAIN, str(exc)) from exc
     return future

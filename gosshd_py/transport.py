@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
 import asyncssh
@@ -71,7 +71,8 @@ class Owner(Protocol):  # connection.py
     def resume_writing(self) -> None: ...
     def listen_tcp(self, host: str, port: int) -> int | None: ...
     async def listen_path(self, path: str) -> bool: ...
-    def cancel_listen(self, key: tuple[str, int] | str) -> bool: ...
+    def cancel_listen(self, host: str, port: int) -> bool: ...
+    async def cancel_listen_path(self, path: str) -> bool: ...
 
 
 Verify = Callable[[asyncssh.SSHKey], bool]
@@ -200,17 +201,19 @@ class Transport(asyncssh.SSHServerConnection):
     def _process_cancel_tcpip_forward_global_request(self, packet: SSHPacket) -> None:
         host, port = _text(packet), packet.get_uint32()
         packet.check_end()
-        self._report_global_response(self._owner.cancel_listen((host or "", port)))
+        self._report_global_response(self._owner.cancel_listen(host or "", port))
 
     def _process_streamlocal_forward_at_openssh_dot_com_global_request(
         self, packet: SSHPacket
     ) -> None:
         path = _text(packet)
         packet.check_end()
-        self.create_task(self._listen_path(path))
+        self.create_task(self._answer_later(path, self._owner.listen_path))
 
-    async def _listen_path(self, path: str | None) -> None:
-        answer = path is not None and await self._owner.listen_path(path)
+    async def _answer_later(
+        self, path: str | None, action: Callable[[str], Awaitable[bool]]
+    ) -> None:
+        answer = path is not None and await action(path)
         if not self.is_closed():
             self._report_global_response(answer)
 
@@ -219,7 +222,7 @@ class Transport(asyncssh.SSHServerConnection):
     ) -> None:
         path = _text(packet)
         packet.check_end()
-        self._report_global_response(self._owner.cancel_listen(path or ""))
+        self.create_task(self._answer_later(path, self._owner.cancel_listen_path))
 
     # -- authentication (RFC 4252) ------------------------------------------------------------
 

@@ -20,6 +20,8 @@ from .packets import Packets
 MIN_PACKET = 256
 """Smallest maximum packet size accepted: at one byte a packet, 16 KiB stall the loop for 0.6 s."""
 
+_TOO_SMALL = "a maximum packet size of {} bytes is too small"
+
 WINDOW = 1024 * 1024
 """Bytes that a client may send ahead of what takes them."""
 
@@ -27,7 +29,8 @@ MAX_PACKET = 32 * 1024
 """Bytes of data in a packet to us."""
 
 _OVERRIDDEN = (
-    *("process_open", "process_connection_close", "process_packet", "_cleanup"),
+    *("process_open", "process_open_confirmation", "process_connection_close"),
+    *("process_packet", "_cleanup"),
     *("log_sent_packet", "log_received_packet"),
     *(f"_process_{name}_request" for name in ("pty_req", "env", "shell", "exec", "subsystem")),
     *("_service_next_request", "_report_response"),
@@ -77,9 +80,20 @@ class Watched:
     ) -> None:
         """Refuse absurd packet sizes (RFC 4254 §5.1), then go on as usual."""
         if send_pktsize < MIN_PACKET:
-            reason = f"a maximum packet size of {send_pktsize} bytes is too small"
-            session = _refuse_open(reason)
+            if asyncio.iscoroutine(session):
+                session.close()
+            session = _refuse_open(_TOO_SMALL.format(send_pktsize))
         super().process_open(send_chan, send_window, send_pktsize, session)  # type: ignore[misc]
+
+    def process_open_confirmation(
+        self, send_chan: int, send_window: int, send_pktsize: int, packet: SSHPacket
+    ) -> None:
+        """The same for a channel that we open: here the client can only be cut off."""
+        if send_pktsize < MIN_PACKET:
+            raise asyncssh.ProtocolError(_TOO_SMALL.format(send_pktsize))
+        super().process_open_confirmation(  # type: ignore[misc]
+            send_chan, send_window, send_pktsize, packet
+        )
 
     def resume_reading(self) -> None:
         """Not after the channel's end: asyncssh would look for the session it has let go."""

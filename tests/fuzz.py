@@ -115,10 +115,10 @@ def rule(arguments: tuple[str, str, int, str]) -> None:
         assert place.low <= port <= place.high
         assert place.host in ("*", host.lower().rstrip(".")) or ":" in host or "." in host
     with suppress(ForbiddenError):
-        check_found([words], "name", "127.0.0.1", port)
+        check_found([words], None, "name", "127.0.0.1", port)
         assert place.host in ("*", "127.0.0.1", "localhost")
     with suppress(ForbiddenError):
-        check_found([words], "name", address, port)
+        check_found([words], None, "name", address, port)
 
 
 def raising_value_error(parse: Callable[[Any], object]) -> Callable[[Any], None]:

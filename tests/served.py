@@ -20,10 +20,11 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
-from gosshd_py import authentication, logs
+from gosshd_py import authentication, forward, logs
 from gosshd_py.config import Config
 from gosshd_py.connection import Connection
 from gosshd_py.daemon import keep_what_is_loaded, traced
@@ -143,6 +144,16 @@ class Lag:
         self.timer.cancel()
 
 
+NAMES = {
+    "loop.test": "127.0.0.1",
+    "loop6.test": "::1",
+    "metadata.test": "169.254.169.254",
+    "mapped.test": "::ffff:127.0.0.1",
+    "here.test": "0.0.0.0",
+}
+"""What names lead to where a test says so."""
+
+
 def sabotage(where: str) -> None:
     """Put a bug into the next call of one method, and only that one."""
     owner, name = {
@@ -152,16 +163,35 @@ def sabotage(where: str) -> None:
         "spawn": (Connection, "_spawn"),
         "lookup": (socket, "getaddrinfo"),
         "keys": (authentication, "read_keys"),
+        "names": (socket, "getaddrinfo"),
+        "bind": (forward, "bind_path"),
     }[where]
     real = getattr(owner, name)
 
     if where in ("lookup", "keys"):
 
-        def slow(*_: object, **__: object) -> list[object]:
+        def slow(*args: Any, **options: Any) -> Any:
+            if options.get("flags"):  # of an address: that is never slow
+                return real(*args, **options)
             time.sleep(5)
-            return []
+            return [] if where == "lookup" else ([], [])
 
         setattr(owner, name, slow)
+        return
+    if where == "bind":
+
+        def fails(*_: object) -> None:
+            time.sleep(0.5)
+            raise OSError(28, "No space left on device")
+
+        setattr(owner, name, fails)
+        return
+    if where == "names":
+        setattr(
+            owner,
+            name,
+            lambda host, *args, **options: real(NAMES.get(host, host), *args, **options),
+        )
         return
 
     def broken(*_: object) -> None:

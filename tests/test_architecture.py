@@ -17,7 +17,7 @@ ROWS = (
     {"lifecycle", "config", "logs"},
     {"process", "modes", "requests", "session", "hostkeys", "listen", "names", "passwords"},
     {"places", "fsuser", "sftp", "packets", "threads", "trace"},
-    {"wire", "authorized_keys", "accounts", "limits", "local", "pidfile"},
+    {"wire", "authorized_keys", "accounts", "limits", "local", "pidfile", "sockets"},
     {"authentication", "checks", "flow", "pty", "pipes"},
     {"transport", "command", "load", "channel", "explain", "story"},
     {"userauth"},

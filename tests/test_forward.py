@@ -470,7 +470,7 @@ def test_a_name_leads_to_no_special_address_that_is_not_named(
     rule: str, address: str, allowed: bool
 ) -> None:
     try:
-        check_found([rule], "db.lab", address, 80)
+        check_found([rule], None, "db.lab", address, 80)
     except ForbiddenError as exc:
         assert not allowed, exc
     else:

@@ -13,9 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import paramiko
 import pytest
 
-from gosshd_py import command
+from gosshd_py import accounts
 
 from .keys import Key
 from .serving import MIB, ROOT, Served, run, wait_for
@@ -70,7 +71,7 @@ def sftp(request: pytest.FixtureRequest, serve: Serve, tmp_path: Path) -> Tools:
     server = serve(home=str(tmp_path))
     if request.param == "our own":
         server.ask("patch command.SFTP_SERVERS []")
-    elif not any(os.access(path, os.X_OK) for path in command.SFTP_SERVERS):
+    elif not any(os.access(path, os.X_OK) for path in accounts.SFTP_SERVERS):
         pytest.skip("not installed: sftp-server")
     return Tools(server, tmp_path)
 
@@ -119,6 +120,39 @@ def test_sftp_starts_at_home_and_tells_errors(sftp: Tools) -> None:
         "sftp", "-F", sftp.config, "-b", "-", "lab", input=b"get /no/file\n", status=1
     )
     assert b"not found" in failed.stderr
+
+
+def test_sftp_makes_links_that_lead_where_they_should(sftp: Tools) -> None:
+    """The draft and OpenSSH disagree about which path comes first; all clients do as OpenSSH does."""
+    batch = f"put ssh_config {sftp.there}/target\nsymlink target {sftp.there}/link\n"
+    batch += f"ln {sftp.there}/target {sftp.there}/hard\n"
+    sftp.run("sftp", "-F", sftp.config, "-b", "-", "lab", input=batch.encode())
+    assert os.readlink(sftp.there / "link") == "target"
+    assert (sftp.there / "hard").samefile(sftp.there / "target")
+    with sftp.server.paramiko() as transport:
+        client = paramiko.SFTPClient.from_transport(transport)
+        client.symlink("target", f"{sftp.there}/second")
+        assert client.readlink(f"{sftp.there}/second") == "target"
+    assert (sftp.there / "second").samefile(sftp.there / "target")
+
+
+def test_sftp_answers_a_huge_read_in_pieces(sftp: Tools) -> None:
+    """The size of a read is whatever the client has sent; one of 1 GiB took as much memory."""
+    with sftp.server.paramiko() as transport:
+        client = paramiko.SFTPClient.from_transport(transport)
+        with client.open("/dev/zero", "rb", bufsize=0) as file:
+            kind, answer = client._request(5, file.handle, paramiko.sftp.int64(0), 2**30)
+            assert kind == 103  # SSH_FXP_DATA
+            assert 0 < len(answer.get_binary()) <= 256 * 1024
+
+
+def test_sftp_works_without_a_home(serve: Serve, tmp_path: Path) -> None:
+    server = serve(env={"HOME": "/nowhere/at/all"})
+    server.ask("patch command.SFTP_SERVERS []")
+    tools = Tools(server, tmp_path)
+    out = tools.run("sftp", "-F", tools.config, "-b", "-", "lab", input=b"pwd\n")
+    assert b"Remote working directory: /" in out.stdout
+    assert b"Traceback" not in out.stderr
 
 
 @pytest.mark.parametrize("protocol", ["-s", "-O"])
@@ -181,7 +215,7 @@ def test_sftp_can_be_off(serve: Serve) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 def test_sftp_is_confined_like_the_shell(serve: Serve, tmp_path: Path) -> None:
-    if not any(os.access(path, os.X_OK) for path in command.SFTP_SERVERS):
+    if not any(os.access(path, os.X_OK) for path in accounts.SFTP_SERVERS):
         pytest.skip("not installed: sftp-server")  # our own needs a Python that nobody may run
     for folder in (tmp_path, *list(tmp_path.parents)[:2]):
         folder.chmod(0o755)
