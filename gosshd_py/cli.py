@@ -13,7 +13,8 @@ import socket
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any, NoReturn
+from importlib import import_module
+from typing import Any, ClassVar, NoReturn
 
 import click
 import structlog
@@ -95,14 +96,32 @@ def _fail(code: int, *lines: str) -> NoReturn:
 
 
 class _Commands(click.Group):
-    """Words and exit codes for what click and the operating system refuse, in our form."""
+    """Words and exit codes for what click and the operating system refuse, in our form.
+
+    Some commands are imported only when they are asked for: the server starts without them.
+    """
+
+    _LATER: ClassVar = {"timeline": "gosshd_py.timeline.cli"}
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        """All names."""
+        return sorted([*super().list_commands(context), *self._LATER])
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        """The command of a name."""
+        if name in self._LATER:
+            found: click.Command = getattr(import_module(self._LATER[name]), name)
+            return found
+        return super().get_command(context, name)
 
     def main(self, *args: Any, **options: Any) -> Any:
         options |= {"prog_name": "gosshd", "standalone_mode": False}
         try:
             return super().main(*args, **options)
-        except click.ClickException as exc:
+        except click.UsageError as exc:
             _fail(2, f"{exc.format_message().rstrip('.')}; see gosshd --help")
+        except click.ClickException as exc:
+            _fail(1, exc.format_message())
         except OSError as exc:
             _fail(1, str(exc))
         except click.Abort:
