@@ -264,9 +264,10 @@ class _Known(dict[str, Any]):
 
 def _state(to: _Builder, us: int, lane: int, channel: int | None, facts: dict[str, Any]) -> None:
     state = str(facts.get("to", "?"))
-    to.begin(us, lane, ("state", channel), state, state.replace(" ", "-"))
     if state == "closed":
         to.end(us, ("state", channel))
+    else:
+        to.begin(us, lane, ("state", channel), state, state.replace(" ", "-"))
 
 
 def _fd(to: _Builder, us: int, lane: int, channel: int | None, facts: dict[str, Any]) -> None:
