@@ -101,7 +101,7 @@ class _Commands(click.Group):
     Some commands are imported only when they are asked for: the server starts without them.
     """
 
-    _LATER: ClassVar = {"timeline": "gosshd_py.timeline.cli"}
+    _LATER: ClassVar = {"labs": "gosshd_py.labs.cli", "timeline": "gosshd_py.timeline.cli"}
 
     def list_commands(self, context: click.Context) -> list[str]:
         """All names."""

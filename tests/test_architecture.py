@@ -25,6 +25,7 @@ ROWS = (
     {"connection"},
     {"server"},
     {"daemon"},
+    {"labs"},
     {"cli", "__init__"},
     {"__main__"},
 )
