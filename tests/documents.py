@@ -31,6 +31,27 @@ def events() -> str:
     )
 
 
+LINE = re.compile(r"\[`([^`]+)`\]\(\.\./([\w/]+\.py)#L(\d+)\)")
+"""A link to a line: what stands there, in which file."""
+
+
+def linked(text: str) -> str:
+    """The text with each such link leading to the line that has the words, the nearest if there are several."""
+
+    def lead(link: re.Match[str]) -> str:
+        words, file, number = link[1], link[2], int(link[3])
+        lines = (ROOT / file).read_text().splitlines()
+        found = [at for at, line in enumerate(lines, 1) if words in line]
+        assert found, f"{file} has no line with {words!r}"
+        assert len(found) == 1 or number in found or number == 0, (
+            f"{file}: which of {found} is {words!r}?"
+        )
+        at = number if number in found else found[0]
+        return f"[`{words}`](../{file}#L{at})"
+
+    return LINE.sub(lead, text)
+
+
 MADE: dict[str, tuple[str, Callable[[], str]]] = {
     "README.md": (r"```mermaid\n.*?```", diagram),
     "docs/lifecycle.md": (r"```mermaid\n.*?```", diagram),
@@ -44,7 +65,7 @@ def renewed(file: str) -> str:
     pattern, make = MADE[file]
     text = (ROOT / file).read_text()
     assert re.search(pattern, text, re.DOTALL), f"{file} has no place for it"
-    return re.sub(pattern, lambda _: make(), text, flags=re.DOTALL)
+    return linked(re.sub(pattern, lambda _: make(), text, flags=re.DOTALL))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -18,7 +19,7 @@ import msgspec
 import pytest
 
 from gosshd_py.config import AccountSettings, AuthSettings, Config, ConfigError, Rlimits
-from gosshd_py.lifecycle import Cause
+from gosshd_py.lifecycle import EVENTS, Cause
 from gosshd_py.load import load_config
 
 from .documents import MADE, renewed
@@ -68,9 +69,18 @@ def test_the_settings_are_the_configs(record: type[msgspec.Struct]) -> None:
     assert "\n" + "\n".join(settings_table(record)) + "\n\n" in README
 
 
-def test_the_links_lead_somewhere() -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+@pytest.mark.parametrize("file", ["README.md", "docs/lifecycle.md", "docs/trace.md"])
+def test_the_links_lead_somewhere(file: str) -> None:
+    for target in re.findall(r"\]\(([^)#]+)(?:#\S*)?\)", (ROOT / file).read_text()):
+        if not target.startswith("https://"):
+            assert ((ROOT / file).parent / target).exists(), target
+
+
+def test_the_tour_names_events_that_there_are() -> None:
+    tour = (ROOT / "docs" / "lifecycle.md").read_text()
+    named = set(re.findall(r"`([a-z]+\.[a-z]+)`", tour))
+    assert len(named) >= 40
+    assert named <= set(EVENTS)
 
 
 @pytest.fixture
@@ -206,6 +216,64 @@ def command_probe(clone: Path, server: Served) -> None:
     assert gosshd(clone, command).stdout.startswith("SSH-2.0-")
 
 
+def command_trace(clone: Path, server: Served) -> None:
+    """The story in the README is what it tells, line by line, but for the numbers."""
+    link_environment(clone)
+    env = {**os.environ, "PATH": f"{clone}/.venv/bin:{os.environ['PATH']}", "GOSSHD_LISTEN": "127.0.0.1:0"}  # fmt: skip
+    argv = ["gosshd", "--trace", "--trace-data", "40"]
+    run = subprocess.Popen(argv, cwd=clone, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)  # fmt: skip
+    try:
+        port = run.stdout.readline().strip().rpartition(":")[2]
+        options = ["-F", "none", "-p", port, "-tt", "-o", "StrictHostKeyChecking=no", "-o", f"UserKnownHostsFile={clone}/known"]  # fmt: skip
+        subprocess.run(["ssh", *options, "u@localhost", "true"], check=True, capture_output=True, stdin=subprocess.DEVNULL, timeout=10)  # fmt: skip
+        told = []
+        while "tcp.closed" not in (line := run.stdout.readline()):
+            assert line
+            told.append(line)
+        shown = re.search(r"```text\n(#1 .*?)```", README, re.DOTALL)[1].splitlines()
+        for line in shown:
+            where, name = line.split()[0], line.split()[3]
+            begins = line.split("  ")[-1].split("…")[0].split()[:6]
+            assert any(
+                said.split()[0] == where and f" {name} " in said and " ".join(begins) in said
+                for said in told
+            ), line
+    finally:
+        run.terminate()
+        run.communicate(timeout=10)
+
+
+def command_timeline(clone: Path, server: Served) -> None:
+    records: list[dict[str, object]] = [
+        {
+            "us": us,
+            "time": 1.0,
+            "pid": 1,
+            "connection": 1,
+            "channel": None,
+            "event": event,
+            "facts": {},
+        }
+        for us, event in ((0, "tcp.accepted"), (9, "tcp.closed"))
+    ]
+    (clone / "life.ndjson").write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert gosshd(clone, "gosshd timeline life.ndjson -o lifecycle.html").returncode == 0
+    assert "tcp.closed" in (clone / "lifecycle.html").read_text()
+
+
+def command_follow(clone: Path, server: Served) -> None:
+    """See test_timeline.py; here only that the words are those of the command."""
+    assert "--follow" in gosshd(clone, "gosshd timeline --help").stdout
+
+
+def command_labs(clone: Path, server: Served) -> None:
+    assert "lost-output" in gosshd(clone, "gosshd labs").stdout
+
+
+def command_lab(clone: Path, server: Served) -> None:
+    assert gosshd(clone, "gosshd labs lost-output --check").returncode == 0
+
+
 def target_of_the_makefile(clone: Path, server: Served) -> None:
     """Running the tests inside the tests would not end; that the target is there is what is asked."""
     for target in ("test", "lint", "soak", "fuzz", "test-container"):
@@ -233,6 +301,12 @@ RUNNERS: dict[str, Callable[[Path, Served], None]] = {
     "gosshd reload --config lab.toml": command_reload,
     "gosshd keys": command_keys,
     "gosshd probe 127.0.0.1:2222": command_probe,
+    "gosshd --trace --trace-data 40": command_trace,
+    "gosshd --trace-file life.ndjson": command_trace,
+    "gosshd timeline life.ndjson -o lifecycle.html": command_timeline,
+    "gosshd timeline life.ndjson --follow": command_follow,
+    "gosshd labs": command_labs,
+    "gosshd labs lost-output": command_lab,
     "pipx install .": in_the_soak,
     "uvx --from . gosshd": in_the_soak,
     "docker compose up": in_the_container_test,

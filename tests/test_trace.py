@@ -529,6 +529,29 @@ def test_a_reader_of_the_story_that_goes_away_disturbs_nobody(serve: Serve, tmp_
     assert "Traceback" not in errors
 
 
+def test_a_terminal_that_takes_nothing_more_slows_nobody(tmp_path: Path) -> None:
+    """As after ^S: the story is told to a pipe that nobody reads."""
+    env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    argv = [sys.executable, "-m", "gosshd_py", "--listen", "127.0.0.1:0", "--trace", "--hostkeys", f"{tmp_path}/k"]  # fmt: skip
+    server = subprocess.Popen(argv, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)  # fmt: skip
+    try:
+        port = server.stdout.readline().decode().strip().rpartition(":")[2]
+        ssh = ["ssh", "-F", "none", "-p", port, "-o", "StrictHostKeyChecking=no"]
+        ssh += ["-o", f"UserKnownHostsFile={tmp_path}/known", "-o", "LogLevel=ERROR", "u@localhost"]
+        for _ in range(3):
+            began = time.monotonic()
+            done = subprocess.run([*ssh, "head -c 20000000 /dev/zero"], timeout=30, stdin=subprocess.DEVNULL, capture_output=True)  # fmt: skip
+            assert len(done.stdout) == 20_000_000
+            assert time.monotonic() - began < 10
+        began = time.monotonic()
+        server.terminate()
+        assert server.wait(10) == 0
+        assert time.monotonic() - began < 5
+    finally:
+        server.kill()
+        server.communicate()
+
+
 @pytest.mark.parametrize(
     ("setting", "problem"), [("/nowhere/t", "cannot be written"), ("/", "is a folder")]
 )
