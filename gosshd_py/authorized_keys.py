@@ -156,7 +156,7 @@ def _read(path: str, owners: frozenset[int] | None, run_as: tuple[int, int] | No
         return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
 
     # A link that a user has made must not lead root to what only root can open.
-    fd = as_user(None if _is_roots(Path(path)) else run_as, opened)
+    fd = as_user(run_as, opened) if run_as and not _is_roots(Path(path)) else opened()
     with open(fd, "rb") as file:  # noqa: PTH123
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):

@@ -88,6 +88,7 @@ def keep_what_is_loaded() -> None:
     """
     gc.collect()
     gc.freeze()
+    gc.set_threshold(10_000, 20, 50)
 
 
 async def _reload(server: Server, hangup: asyncio.Event, reload: Callable[[], Config]) -> None:

@@ -28,6 +28,8 @@ def clean(text: str) -> str:
 
 def escape(text: str) -> str:
     r"""Write as \x1b and the like what could move a cursor or forge a line."""
+    if text.isprintable():
+        return text
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode()
         for c in text

@@ -22,6 +22,9 @@ from .lifecycle import SILENT, ExitStatus, SpawnError, Trace
 CHUNK = 64 * 1024
 """Bytes per read at most, so that one loud session leaves the loop to the others."""
 
+PTY_MOST = 4095
+"""Bytes that one read(2) of a terminal gives, at most one more than this."""
+
 _SETPRIV = shutil.which("setpriv") or "/usr/bin/setpriv"  # looked up once, in our own PATH
 
 KILL_WAIT = 1.0
@@ -263,7 +266,7 @@ class Descriptor:
         try:
             while room > 0 and (data := os.read(self.fd, room)):
                 parts.append(data)
-                room -= len(data)
+                room = room - len(data) if len(data) >= PTY_MOST else 0  # less: it is empty now
         except BlockingIOError:
             if not parts:
                 return None

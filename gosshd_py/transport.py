@@ -7,15 +7,17 @@ to log in again and again, costs bounded memory and is disconnected with the rea
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
 import asyncssh
-from asyncssh.constants import MSG_USERAUTH_REQUEST
+from asyncssh.constants import MSG_IGNORE, MSG_USERAUTH_REQUEST
 from asyncssh.packet import PacketDecodeError, SSHPacket, String, UInt32
 
 from .authentication import SIGNATURES
+from .ciphers import quicker
 from .config import Config
 from .lifecycle import SILENT, Trace
 from .listen import IDENTIFICATION
@@ -37,6 +39,9 @@ MAX_UNREAD_BEFORE = 256 * 1024
 """Bytes of answers held for a client that does not read, and before it has logged in. Sessions stop
 far below."""
 
+TURN = 0.005
+"""Seconds for which the packets of one client are handled before it is the others' turn."""
+
 MAX_DEFERRED = 4096
 """Packets held back while keys are exchanged."""
 
@@ -55,6 +60,7 @@ REKEY_RATE = 2.0
 _OVERRIDDEN = (
     *("_finish_userauth", "_send_kexinit", "validate_public_key", "reload_config"),
     *("process_packet", "send_newkeys", "_send_version", "log_sent_packet", "log_received_packet"),
+    *("send_packet", "_recv_pkthdr", "_recv_data"),
     *("_process_tcpip_forward_global_request", "_process_cancel_tcpip_forward_global_request"),
     "_process_streamlocal_forward_at_openssh_dot_com_global_request",
     "_process_cancel_streamlocal_forward_at_openssh_dot_com_global_request",
@@ -90,17 +96,19 @@ class Transport(asyncssh.SSHServerConnection):
         super().__init__(asyncio.get_running_loop(), options)
         self._rekeys_left, self._rekeyed = float(REKEY_BURST), time.monotonic()
         self._rekey_timer: asyncio.TimerHandle | None = None
+        self._turn_ends, self._turned_over = 0.0, False
         self._kex_began = 0.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """TCP is open."""
         self._tcp = transport
+        self._tcp_socket = transport.get_extra_info("socket")
         super().connection_made(transport)
 
     def connection_lost(self, exc: Exception | None = None) -> None:
         """TCP is closed, or, when asyncssh calls this itself, is to be closed."""
         if self._tcp.is_closing():
-            self.trace("tcp.closed", fd=self._tcp.get_extra_info("socket").fileno())
+            self.trace("tcp.closed", fd=self._tcp_socket.fileno())
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
@@ -112,10 +120,38 @@ class Transport(asyncssh.SSHServerConnection):
         self._owner.resume_writing()
 
     def data_received(self, data: bytes, datatype: int | None = None) -> None:
-        """Handle what has come, unless the answers to it pile up."""
+        """Handle what has come, for a while, unless the answers to it pile up."""
+        self._turn_ends = self._loop.time() + TURN
         super().data_received(data, datatype)
+        self._after_receiving()
+
+    def _recv_pkthdr(self) -> bool:
+        """Begin with the next packet, or leave the loop to others first: there may be thousands."""
+        if self._loop.time() < self._turn_ends:
+            return super()._recv_pkthdr()
+        if self._transport is not None and not self._turned_over:
+            self._turned_over = True
+            self._transport.pause_reading()
+            self._loop.call_soon(self._next_turn)
+        return False
+
+    def _next_turn(self) -> None:
+        self._turned_over = False
+        if self._transport is None:
+            return  # it has ended meanwhile
+        self._turn_ends = self._loop.time() + TURN
+        self._recv_data()
+        if self._transport is not None and not self._turned_over:
+            self._transport.resume_reading()
+        self._after_receiving()
+
+    def _after_receiving(self) -> None:
         if self._transport is None:
             return
+        if not self._auth_complete:
+            # Its Nagle waits for our acknowledgement, which would wait for more: 40 ms, and twice.
+            # The kernel forgets this option with each answer (tcp(7)).
+            self._tcp_socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
         most = MAX_UNREAD if self._auth_complete else MAX_UNREAD_BEFORE
         if self._transport.get_write_buffer_size() > most:
             self.connection_lost(asyncssh.ConnectionLost("the client does not read"))
@@ -151,6 +187,8 @@ class Transport(asyncssh.SSHServerConnection):
         """Our keys are known; what we send from here on is encrypted by them."""
         kex, first = self._kex, not self._session_id
         super().send_newkeys(k, h)
+        self._send_encryption = quicker(self._send_encryption)
+        self._next_recv_encryption = quicker(self._next_recv_encryption)
         assert kex is not None  # noqa: S101  # it calls us
         assert self._server_host_key is not None  # noqa: S101  # it has signed
         names = ("send_cipher", "recv_cipher", "send_mac")
@@ -160,6 +198,14 @@ class Transport(asyncssh.SSHServerConnection):
             host_key=self._server_host_key.algorithm.decode(),
             **{name: self.get_extra_info(name) for name in names},
         )  # fmt: skip
+
+    def send_packet(self, pkttype: int, *args: bytes, handler: Any = None) -> None:
+        """Send a packet, but none to be ignored: asyncssh puts one before every other.
+
+        That hides where packets of CBC ciphers begin, and we offer none of those.
+        """
+        if pkttype != MSG_IGNORE:
+            super().send_packet(pkttype, *args, handler=handler)
 
     # -- key exchange (RFC 4253 §9) -----------------------------------------------------------
 

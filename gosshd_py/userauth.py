@@ -24,6 +24,9 @@ log = structlog.get_logger()
 PASSWORD_DELAY = 0.25
 """Seconds from a wrong password to the answer, for each try so far."""
 
+SAME_KEY = 1.0
+"""Seconds for which the answer to "would this key do?" holds; the signature comes right behind."""
+
 KEY_DELAY = 0.02
 """Seconds from an unknown key to the answer, whether files had to be read or not."""
 
@@ -50,6 +53,8 @@ class Entrance(asyncssh.SSHServer):
         self._asked = False
         self._not_before = 0.0
         """When the next password may be examined (monotonic clock)."""
+        self._answered: tuple[bytes, float, tuple[Login, asyncssh.SSHKey] | None] = (b"", 0.0, None)
+        """The last key that would do, until when, and for whom."""
         self._questions = 0
         self._failed = False
         """Whether a key was refused, which is penalised only if no other one is accepted."""
@@ -214,7 +219,7 @@ class Entrance(asyncssh.SSHServer):
         """Whether a key may enter (RFC 4252 §7), and, if the request is signed, let it in."""
         answer_at = time.monotonic() + KEY_DELAY
         try:
-            login, key = await self._authenticator.public_key(self._name or "", key_data, self.host)
+            login, key = await self._judged(key_data)
             if signed and not verify(key):
                 raise RejectedError("the signature is wrong", login.facts)
         except RejectedError as exc:
@@ -225,6 +230,16 @@ class Entrance(asyncssh.SSHServer):
         else:
             self._tries -= 1  # asking is no try if the answer is yes
         return True
+
+    async def _judged(self, key_data: bytes) -> tuple[Login, asyncssh.SSHKey]:
+        """Judge a key, once for the question and for the signature that follows it at once."""
+        now = time.monotonic()
+        asked, until, judged = self._answered
+        if asked == key_data and now < until and judged is not None:
+            return judged
+        judged = await self._authenticator.public_key(self._name or "", key_data, self.host)
+        self._answered = (key_data, now + SAME_KEY, judged)
+        return judged
 
     def password_auth_supported(self) -> bool:
         """Whether any account has one."""

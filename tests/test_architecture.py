@@ -16,7 +16,7 @@ PACKAGE = Path(gosshd_py.__file__).parent
 ROWS = (
     {"lifecycle", "config", "logs"},
     {"process", "modes", "requests", "session", "hostkeys", "listen", "names", "passwords"},
-    {"places", "fsuser", "sftp", "packets", "threads", "trace"},
+    {"places", "fsuser", "sftp", "packets", "ciphers", "threads", "trace"},
     {"wire", "authorized_keys", "accounts", "limits", "local", "pidfile", "sockets"},
     {"authentication", "checks", "flow", "pty", "pipes"},
     {"transport", "command", "load", "channel", "explain", "story", "timeline"},
