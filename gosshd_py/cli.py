@@ -11,19 +11,20 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from importlib import import_module
 from typing import Any, ClassVar, NoReturn
 
 import click
 import structlog
+from asyncssh import SSHKey
 from asyncssh.saslprep import SASLPrepError, saslprep
 
 from . import __version__, logs, pidfile
 from .checks import warnings_of
-from .config import Config, ConfigError, parse_address
-from .daemon import serve
+from .config import Address, Config, ConfigError, parse_address
+from .daemon import keep_what_is_loaded, serve
 from .explain import explain_forward
 from .hostkeys import (
     HostKeyError,
@@ -33,11 +34,11 @@ from .hostkeys import (
     known_hosts_lines,
     load_host_keys,
 )
-from .listen import ListenError
+from .listen import ListenError, open_sockets
 from .load import load_config
 from .passwords import MAX_PASSWORD, make_hash
 from .places import ForbiddenError
-from .server import Server
+from .workers import Supervisor, Worker
 
 log = structlog.get_logger()
 
@@ -61,6 +62,8 @@ _OPTIONS = [
     click.option("--open-to-local-users", is_flag=True, default=None,
                  help="Without accounts: let the other users of this machine in, too."),
     click.option("--pid-file", metavar="FILE", help="Where `gosshd reload` finds the server."),
+    click.option("--workers", metavar="N|auto", callback=lambda _, __, value: _number(value),
+                 help="How many processes serve; auto: one for each processor.  [default: 1]"),
     click.option("--log-format", metavar="text|json", help="What the log on standard error looks like."),
     click.option("--trace", is_flag=True, default=None,
                  help="Tell what happens on each connection, step by step, and what it means."),
@@ -70,11 +73,20 @@ _OPTIONS = [
 ]  # fmt: skip
 
 
+def _number(text: str | None) -> str | int | None:
+    """What is written with digits becomes a number; what else is good is said by the settings."""
+    return int(text) if text and text.isascii() and text.isdigit() else text
+
+
 def _settings(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options that every command takes, so that `gosshd CMD` sees what `gosshd` would serve."""
     for option in reversed(_OPTIONS):
         command = option(command)
     return command
+
+
+Ready = Callable[[Sequence[Address], Sequence[SSHKey]], None]
+"""Called when clients can connect."""
 
 
 def _given(flags: dict[str, Any]) -> dict[str, Any]:
@@ -153,17 +165,39 @@ def _serve(file: str | None, flags: dict[str, Any]) -> None:
     quiet = config.trace and sys.stdout.isatty() and sys.stderr.isatty()
     logs.configure(config.log_format, level=logging.WARNING if quiet else logging.NOTSET)
 
-    def ready(server: Server) -> None:
-        _announce(server)
+    def ready(addresses: Sequence[Address], host_keys: Sequence[SSHKey]) -> None:
+        _announce(addresses, host_keys)
         for warning in warnings_of(config):
             log.warning("configuration", warning=warning)
         _hold_pid_file(config, until_the_end)
 
+    def again() -> Config:
+        return load_config(file, _given(flags))
+
     with ExitStack() as until_the_end:
         try:
-            asyncio.run(serve(config, ready, lambda: load_config(file, _given(flags))))
+            if config.worker_count > 1:
+                sys.exit(_serve_by_several(config, ready, again))
+            asyncio.run(serve(config, lambda it: ready(it.addresses, it.host_keys), again))
         except (ListenError, HostKeyError) as exc:
             _fail(1, str(exc))
+
+
+def _serve_by_several(config: Config, ready: Ready, again: Callable[[], Config]) -> int:
+    """Hold the ports, make the host keys, and let the workers serve. Returns the exit status."""
+    host_keys = load_host_keys(config.hostkeys_dir)
+    held = open_sockets(config, hold=True)
+    addresses = [Address(*sock.getsockname()[:2]) for sock in held]
+
+    def work(worker: Worker) -> int:
+        try:
+            asyncio.run(serve(config, lambda _: worker.ready(), again, worker))
+        except (ListenError, HostKeyError) as exc:
+            _fail(1, str(exc))
+        return 0
+
+    keep_what_is_loaded()
+    return Supervisor(config.worker_count, addresses, work).run(lambda: ready(addresses, host_keys))
 
 
 def _warn(config: Config) -> None:
@@ -184,14 +218,14 @@ def _hold_pid_file(config: Config, until_the_end: ExitStack) -> None:
         log.warning("no pid file", file=str(path), reason=reason, remedy=remedy)
 
 
-def _announce(server: Server) -> None:
+def _announce(addresses: Sequence[Address], host_keys: Sequence[SSHKey]) -> None:
     """Say that clients can connect, and give what they need to know that it is us."""
-    for address in server.addresses:
+    for address in addresses:
         click.echo(f"listening on {address}")
-    for key in server.host_keys:
+    for key in host_keys:
         click.echo(f"host key {fingerprint(key)} ({key.get_algorithm()})")
-    click.echo(known_hosts_lines(server.addresses, server.host_keys)[0])  # ready to paste
-    host, port = server.addresses[0]
+    click.echo(known_hosts_lines(addresses, host_keys)[0])  # ready to paste
+    host, port = addresses[0]
     name = client_names(host)[0]
     click.echo(f"connect with: ssh anyuser@{name}" + (f" -p {port}" if port != 22 else ""))
 

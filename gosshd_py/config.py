@@ -24,6 +24,7 @@ Seconds = Annotated[float, Meta(gt=0)]
 SecondsOrOff = Annotated[float, Meta(ge=0)]
 CountOrOff = Annotated[int, Meta(ge=0)]
 Limit = Annotated[int, Meta(ge=0, le=2**62)]
+Workers = Annotated[int, Meta(ge=1, le=256)] | Literal["auto"]
 Umask = Annotated[str, Meta(pattern="^0?[0-7]{3}$")]
 
 
@@ -260,6 +261,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     log_format: Literal["text", "json"] = "text"
     """Log lines for people or for programs."""
 
+    workers: Workers = 1
+    """Processes that serve; "auto": one for each processor."""
+
     trace: bool = False
     """Tell on standard output what happens on each connection, with what it means."""
 
@@ -279,6 +283,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     def open_mode(self) -> bool:
         """Whether a name is enough to enter."""
         return self.accounts is None and not self.auth.trusted_user_ca_keys
+
+    @property
+    def worker_count(self) -> int:
+        """How many processes serve."""
+        return len(os.sched_getaffinity(0)) if self.workers == "auto" else self.workers
 
     @property
     def addresses(self) -> tuple[Address, ...]:

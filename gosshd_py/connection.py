@@ -33,9 +33,9 @@ class Shared:
     """What all connections of a server share. run: see Runner."""
 
     run: Runner
+    admission: Admission
+    counts: SessionCounts
     connections: set[Connection] = field(default_factory=set)
-    admission: Admission = field(default_factory=Admission)
-    counts: SessionCounts = field(default_factory=SessionCounts)
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     stopping: str = ""
     """Why nothing starts any more."""

@@ -20,10 +20,13 @@ from .process import raise_nofile, reset_signals
 from .server import Server
 from .threads import in_thread
 from .trace import Output, TraceFile, Tracer
+from .workers import Worker
 
 log = structlog.get_logger()
 
-NEEDS_RESTART = ("listen", "log_format", "pid_file", "trace", "trace_file", "trace_data")
+NEEDS_RESTART = (
+    *("listen", "log_format", "pid_file", "trace", "trace_file", "trace_data", "workers"),
+)
 """What a reload does not change."""
 
 
@@ -35,10 +38,12 @@ async def serve(
     config: Config,
     on_ready: Callable[[Server], None] | None = None,
     reload: Callable[[], Config] | None = None,
+    worker: Worker | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT. on_ready is called once, when clients can connect.
 
     reload: called at SIGHUP for a new configuration; if it raises ConfigError nothing changes.
+    worker: which of several processes this is; it ends with its supervisor, too.
     Raises ConfigError, ListenError and HostKeyError before that.
     """
     stop = asyncio.Event()
@@ -47,18 +52,24 @@ async def serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     loop.add_signal_handler(signal.SIGHUP, hangup.set)
+    worker = worker or Worker()
+    if worker.supervisor >= 0:
+        loop.add_reader(worker.supervisor, stop.set)
     reset_signals()
     raise_nofile()
     with traced(config) as tell:
-        async with Server(config, tell) as server:
+        async with Server(config, tell, worker) as server:
             keep_what_is_loaded()
             if on_ready is not None:
                 on_ready(server)
             again = reload or (lambda: server.config)
-            reloader = asyncio.create_task(_reload(server, hangup, again))
+            which = {"worker": worker.number} if worker.count > 1 else {}
+            reloader = asyncio.create_task(_reload(server, hangup, again, which))
             await stop.wait()
             reloader.cancel()
-            log.info("shutting down", sessions=server.session_count)
+            if worker.supervisor >= 0:
+                loop.remove_reader(worker.supervisor)  # it would be readable for ever
+            log.info("shutting down", sessions=server.session_count, **which)
 
 
 @contextmanager
@@ -91,8 +102,10 @@ def keep_what_is_loaded() -> None:
     gc.set_threshold(10_000, 20, 50)
 
 
-async def _reload(server: Server, hangup: asyncio.Event, reload: Callable[[], Config]) -> None:
-    """Take a new configuration at each SIGHUP."""
+async def _reload(
+    server: Server, hangup: asyncio.Event, reload: Callable[[], Config], which: dict[str, int]
+) -> None:
+    """Take a new configuration at each SIGHUP. which: the worker, for the log."""
     started = server.config
     while True:
         await hangup.wait()
@@ -110,6 +123,6 @@ async def _reload(server: Server, hangup: asyncio.Event, reload: Callable[[], Co
         except Exception:  # the next SIGHUP must still be heard
             log.exception("not reloaded", reason="internal error")
         else:
-            log.info("reloaded", needs_restart=", ".join(later) or None)
+            log.info("reloaded", needs_restart=", ".join(later) or None, **which)
             for warning in warnings_of(config):
                 log.warning("configuration", warning=warning)

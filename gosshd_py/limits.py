@@ -11,7 +11,6 @@ import ipaddress
 import logging
 import math
 import time
-from collections import Counter
 from collections.abc import Callable
 from typing import Protocol
 from weakref import WeakValueDictionary
@@ -19,15 +18,13 @@ from weakref import WeakValueDictionary
 import structlog
 
 from .config import Config
+from .counts import Counted, Times
 from .lifecycle import Cause
 
 log = structlog.get_logger()
 
 WARNING = 60.0
 """Seconds before a time limit at which a terminal is warned."""
-
-MAX_PENALISED = 65536
-"""Sources remembered with a penalty; then the one that has failed least lately makes room."""
 
 REPEAT = 10.0
 """Seconds in which a kind of refusal is logged once."""
@@ -79,34 +76,25 @@ class Throttle:
 class Penalties:
     """Sources whose logins fail, and until when they are refused (sshd's PerSourcePenalties)."""
 
-    def __init__(self) -> None:
-        self._sources: dict[str, tuple[float, bool]] = {}
-        """Until when, in seconds of the monotonic clock, and whether enough has been added up."""
+    def __init__(self, times: Times) -> None:
+        self._times = times
+        """Until when, and whether enough has been added up."""
 
     def add(self, config: Config, host: str, seconds: float) -> None:
         """Lengthen the penalty of an address. Time takes it away again, a second per second."""
         if config.max_penalty == 0 or seconds == 0 or _exempt(host, config.penalty_exempt):
             return
-        source = source_of(host)
-        now = time.monotonic()
-        until, active = self._sources.pop(source, (now, False))
-        if until <= now:
-            until, active = now, False
+        now, source = time.monotonic(), source_of(host)
+        until, active = self._times.get(source)
         until = min(until + seconds, now + config.max_penalty)
-        if len(self._sources) >= MAX_PENALISED:
-            del self._sources[next(iter(self._sources))]
-        self._sources[source] = (until, active or until - now >= config.min_penalty)
+        self._times.set(source, until, active or until - now >= config.min_penalty)
 
     def seconds_left(self, config: Config, host: str) -> float:
         """Seconds for which the address is refused; 0 if it may come in."""
         if config.max_penalty == 0 or _exempt(host, config.penalty_exempt):
             return 0.0  # by a reload, perhaps just for this source
-        source = source_of(host)
-        until, active = self._sources.get(source, (0.0, False))
-        left = until - time.monotonic()
-        if left <= 0:
-            self._sources.pop(source, None)
-        return left if active and left > 0 else 0.0
+        until, active = self._times.get(source_of(host))
+        return until - time.monotonic() if active else 0.0
 
 
 def _exempt(host: str, networks: tuple[str, ...]) -> bool:
@@ -123,11 +111,11 @@ def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
 class Admission:
     """Who may connect just now, and how many have not logged in yet (sshd's MaxStartups)."""
 
-    def __init__(self) -> None:
-        self.penalties = Penalties()
+    def __init__(self, counted: Counted) -> None:
+        self.penalties = Penalties(counted.penalties)
         self.throttle = Throttle()
-        self._open: Counter[str] = Counter()
-        self._waiting: Counter[str] = Counter()
+        self._open = counted.open
+        self._waiting = counted.waiting
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     @property
@@ -144,12 +132,12 @@ class Admission:
                 "too many connections wait for a login; try again later",
             ),
             "per_source_max_startups": (
-                self._waiting[source],
+                self._waiting.of(source),
                 "too many connections from your address wait for a login; close some",
             ),
             "max_connections": (self._open.total(), "too many connections; try again later"),
             "per_source_max_connections": (
-                self._open[source],
+                self._open.of(source),
                 "too many connections from your address; close some",
             ),
         }
@@ -185,29 +173,23 @@ class Admission:
 
     def entered(self, host: str) -> None:
         """Count a connection, which has not logged in yet."""
-        self._open[source_of(host)] += 1
-        self._waiting[source_of(host)] += 1
+        self._open.add(source_of(host))
+        self._waiting.add(source_of(host))
 
     def logged_in(self, host: str) -> None:
         """It waits no longer, as it has logged in, or has gone before."""
-        _less(self._waiting, source_of(host))
+        self._waiting.remove(source_of(host))
 
     def gone(self, host: str) -> None:
         """It has ended."""
-        _less(self._open, source_of(host))
-
-
-def _less(counter: Counter[str], key: str) -> None:
-    counter[key] -= 1
-    if not counter[key]:
-        del counter[key]
+        self._open.remove(source_of(host))
 
 
 class SessionCounts:
     """How many sessions there are: in all, and of each account."""
 
-    def __init__(self) -> None:
-        self._accounts: Counter[str] = Counter()
+    def __init__(self, counted: Counted) -> None:
+        self._accounts = counted.sessions
 
     def reason_to_refuse(
         self, config: Config, account: str, most: int, on_connection: int
@@ -216,7 +198,7 @@ class SessionCounts:
         close, later = "close one first", "try again later"
         for limit, count, allowed, words, remedy in (
             ("connection_max_sessions", on_connection, config.connection_max_sessions, "this connection has", close),
-            ("max_sessions", self._accounts[account], most, f"the account {account} has", close),
+            ("max_sessions", self._accounts.of(account), most, f"the account {account} has", close),
             ("total_max_sessions", self._accounts.total(), config.total_max_sessions, "the server runs", later),
         ):  # fmt: skip
             if allowed and count >= allowed:
@@ -225,11 +207,11 @@ class SessionCounts:
 
     def opened(self, account: str) -> None:
         """Count a session."""
-        self._accounts[account] += 1
+        self._accounts.add(account)
 
     def closed(self, account: str) -> None:
         """Count it no more."""
-        _less(self._accounts, account)
+        self._accounts.remove(account)
 
 
 MAX_UNANSWERED = 64

@@ -10,7 +10,7 @@ import asyncio
 import errno
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -30,8 +30,13 @@ class ListenError(Exception):
     """An address cannot be listened on; the text says which and why."""
 
 
-def open_sockets(config: Config) -> list[socket.socket]:
-    """Bind the configured addresses. Raises ListenError.
+def open_sockets(
+    config: Config, held: Sequence[Address] = (), *, hold: bool = False
+) -> list[socket.socket]:
+    """Bind and listen. Raises ListenError.
+
+    hold: do not listen, but let other processes of ours bind the same addresses (SO_REUSEPORT).
+    held: such addresses, instead of those of the configuration.
 
     With port 0 the first address gets any free port and its siblings try for the same. The
     default ::1 may be missing, as on machines without IPv6; an address that you name may not.
@@ -39,11 +44,12 @@ def open_sockets(config: Config) -> list[socket.socket]:
     sockets: list[socket.socket] = []
     chosen = 0
     try:
-        for host, port in config.addresses:
+        for host, port in held or config.addresses:
             optional = config.listen == DEFAULT_LISTEN and host == "::1"
             try:
                 for family, *_, address in _look_up(host, port):
-                    sockets.append(_bind(family, address, 0 if port else chosen))
+                    wish = 0 if port else chosen
+                    sockets.append(_bind(family, address, wish, shared=bool(held), hold=hold))
                     chosen = chosen or (sockets[-1].getsockname()[1] if port == 0 else 0)
             except OSError as exc:
                 if not (optional and exc.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)):
@@ -66,18 +72,25 @@ def _look_up(host: str, port: int) -> list[tuple[Any, ...]]:
     return list(dict.fromkeys(found))
 
 
-def _bind(family: int, address: tuple[Any, ...], wish: int = 0) -> socket.socket:
-    """Bind and listen. wish: a port to try first where any will do."""
+def _bind(
+    family: int, address: tuple[Any, ...], wish: int = 0, *, shared: bool, hold: bool
+) -> socket.socket:
+    """Bind one. wish: a port to try first where any will do."""
     if wish:
         with suppress(OSError):
-            return _bind(family, (address[0], wish, *address[2:]))
+            there = (address[0], wish, *address[2:])
+            return _bind(family, there, shared=shared, hold=hold)
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, shared)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         sock.bind(address)
-        sock.listen(BACKLOG)
+        if hold:  # only now: with other people's servers nothing is shared
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        else:
+            sock.listen(BACKLOG)
     except BaseException:
         sock.close()
         raise

@@ -10,7 +10,8 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 import msgspec
 
@@ -172,10 +173,19 @@ _TOML = {
 }
 
 
+def _choices(wanted: Any) -> list[str]:
+    """What a Literal, perhaps beside a number, allows."""
+    if get_origin(wanted) is Literal:
+        return list(get_args(wanted))
+    if get_origin(wanted) in (UnionType, Union):
+        return [choice for part in get_args(wanted) for choice in _choices(part)]
+    return ["a whole number"]
+
+
 def _plain(message: str, wanted: Any) -> str:
     """msgspec's words for JSON, in TOML's; what it got is shown by the caller."""
-    if message.startswith("Invalid enum value"):
-        return f"expected {' or '.join(get_args(wanted))}"
+    if message.startswith("Invalid enum value") or "`int | str`" in message:
+        return f"expected {' or '.join(_choices(wanted))}"
     if "matching regex" in message:
         return 'expected three octal digits, such as "027"'
     expected, _, got = message.removeprefix("Expected ").partition(", got ")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import itertools
 from contextlib import suppress
 from typing import Self
 
@@ -19,11 +18,12 @@ from .config import Address, Config, ConfigError
 from .connection import Connection, Shared
 from .hostkeys import load_host_keys
 from .lifecycle import Cause, Start, Tell, Trace
-from .limits import SessionClock
+from .limits import Admission, SessionClock, SessionCounts
 from .listen import BACKLOG, Door, open_sockets
 from .logs import log_loop_error
 from .session import Program, run_session
 from .transport import Transport, make_options
+from .workers import Worker
 
 log = structlog.get_logger()
 
@@ -41,10 +41,12 @@ class Server:
     less than five seconds, whatever clients and programs do.
     """
 
-    def __init__(self, config: Config, tell: Tell | None = None) -> None:
+    def __init__(
+        self, config: Config, tell: Tell | None = None, worker: Worker | None = None
+    ) -> None:
         """Raises ConfigError for addresses that this configuration may not listen on.
 
-        tell: hears of every event of every connection.
+        tell: hears of every event of every connection. worker: which of several processes this is.
         """
         if problems := check_listen(config):
             raise ConfigError([f"listen: {problem}" for problem in problems])
@@ -52,8 +54,10 @@ class Server:
         self.addresses: list[Address] = []
         """Where it listens, with the real ports."""
         self.host_keys: list[asyncssh.SSHKey] = []
-        self._traces = (Trace(tell, number) for number in itertools.count(1))
-        self._shared = Shared(self._run_session)
+        self._tell = tell
+        self._worker = worker or Worker()
+        counted = self._worker.counted
+        self._shared = Shared(self._run_session, Admission(counted), SessionCounts(counted))
         self._sessions: dict[asyncio.Task[None], Channel] = {}
         self._listeners: list[asyncio.Server] = []
 
@@ -62,7 +66,7 @@ class Server:
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(log_loop_error)
         await self.use(self.config)
-        sockets = open_sockets(self.config)
+        sockets = open_sockets(self.config, self._worker.addresses)
         try:
             for sock in sockets:
                 listener = await loop.create_server(
@@ -95,7 +99,7 @@ class Server:
 
     def _enter(self, transport: asyncio.Transport) -> asyncio.Protocol | str:
         """Who takes a new connection over, or why nobody does."""
-        trace = next(self._traces)
+        trace = Trace(self._tell, self._worker.next_connection())
         host, port = transport.get_extra_info("peername")[:2]
         fd = transport.get_extra_info("socket").fileno
         trace("tcp.accepted", peer=str(Address(host, port)), fd=fd)

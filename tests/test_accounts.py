@@ -531,7 +531,7 @@ def test_hashing_does_not_stop_the_loop(serve: Serve) -> None:
     from gosshd_py.passwords import make_hash
 
     server = serve(accounts={"alice": {"password": make_hash("x")}})
-    worst = []
+    worst: list[float] = []
     while len(worst) < 3 and not (worst and worst[-1] < 0.05):  # the machine itself may stand still
         with server.paramiko_transport() as transport:
             server.ask("lag")

@@ -14,8 +14,18 @@ PACKAGE = Path(gosshd_py.__file__).parent
 
 # A module may import only modules of earlier rows.
 ROWS = (
-    {"lifecycle", "config", "logs"},
-    {"process", "modes", "requests", "session", "hostkeys", "listen", "names", "passwords"},
+    {"lifecycle", "config", "logs", "counts"},
+    {
+        "workers",
+        "process",
+        "modes",
+        "requests",
+        "session",
+        "hostkeys",
+        "listen",
+        "names",
+        "passwords",
+    },
     {"places", "fsuser", "sftp", "packets", "ciphers", "threads", "trace"},
     {"wire", "authorized_keys", "accounts", "limits", "local", "pidfile", "sockets"},
     {"authentication", "checks", "flow", "pty", "pipes"},

@@ -62,6 +62,7 @@ def test_a_file_may_set_everything(tmp_path: Path) -> None:
         drain_timeout = 60
         log_format = "json"
         pid_file = "/tmp/pid"
+        workers = "auto"
         open_to_local_users = true
         env = {A = "b"}
         umask = "022"

@@ -30,6 +30,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from gosshd_py import authorized_keys, checks, local, passwords, process
 from gosshd_py.authentication import Authenticator
 from gosshd_py.config import AccountSettings, Config
+from gosshd_py.counts import Times
 from gosshd_py.lifecycle import Cause, SpawnError
 from gosshd_py.limits import Penalties, SessionClock
 
@@ -141,7 +142,7 @@ def test_a_client_that_leaves_in_open_mode_gets_no_penalty(serve: Serve) -> None
 
 @pytest.mark.parametrize("exempt", ["::1", "::1/128", "::/64"])
 def test_a_single_ipv6_address_can_be_exempt(exempt: str) -> None:
-    penalties = Penalties()
+    penalties = Penalties(Times())
     penalties.add(Config(penalty_exempt=(exempt,)), "::1", 100)
     assert penalties.seconds_left(Config(), "::1") == 0
     penalties.add(Config(), "::2", 100)

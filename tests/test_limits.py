@@ -21,8 +21,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gosshd_py import limits
+from gosshd_py import counts, limits
 from gosshd_py.config import Config
+from gosshd_py.counts import Times
 from gosshd_py.limits import Penalties, source_of
 from gosshd_py.listen import refusal
 
@@ -292,11 +293,12 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(limits, "time", clock)
+    monkeypatch.setattr(counts, "time", clock)
     return clock
 
 
 def test_penalties_add_up_and_are_forgiven(clock: Clock) -> None:
-    penalties, config = Penalties(), Config()
+    penalties, config = Penalties(Times()), Config()
     for _ in range(2):
         penalties.add(config, "10.0.0.1", 5)
     assert penalties.seconds_left(config, "10.0.0.1") == 0  # 10 s: not yet enforced
@@ -316,12 +318,12 @@ def test_penalties_add_up_and_are_forgiven(clock: Clock) -> None:
     assert penalties.seconds_left(config, "10.0.0.2") == 0
 
 
-def test_the_table_of_penalties_is_bounded(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "MAX_PENALISED", 100)
-    penalties, config = Penalties(), Config()
+def test_the_table_of_penalties_is_bounded(clock: Clock) -> None:
+    times, config = Times(100), Config()
+    penalties = Penalties(times)
     for number in range(1000):
         penalties.add(config, f"10.0.{number // 256}.{number % 256}", 20)
-    assert len(penalties._sources) == 100
+    assert len(times) == 100
     assert penalties.seconds_left(config, "10.0.3.231") == 20
 
 
@@ -341,7 +343,7 @@ def test_an_ipv6_client_is_counted_by_its_64(address: str, source: str) -> None:
 @given(st.ip_addresses())
 def test_every_address_has_a_source_that_can_be_exempt(address: Any) -> None:
     assert source_of(str(address))
-    penalties = Penalties()
+    penalties = Penalties(Times())
     penalties.add(Config(penalty_exempt=("0.0.0.0/0", "::/0")), str(address), 100)
     assert penalties.seconds_left(Config(), str(address)) == 0
 
