@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO, cast
 
 import structlog
 
@@ -77,9 +78,9 @@ def traced(config: Config) -> Iterator[Tell | None]:
     """Who hears of the events of all connections, as configured; None: nobody. Raises OSError."""
     outputs: list[Output] = []
     if config.trace:
-        from .story import Story  # noqa: PLC0415  # it takes its time, and few need it
+        from .story import Story, Unbuffered  # noqa: PLC0415  # it takes its time, and few need it
 
-        outputs.append(Story(sys.stdout))
+        outputs.append(Story(cast("TextIO", Unbuffered(sys.stdout))))
     if config.trace_file:
         from . import __version__  # noqa: PLC0415  # there once all modules are
 

@@ -87,6 +87,10 @@ class Trace:
         if self.tell is not None:
             self.tell(self.connection, self.channel, event, facts)
 
+    def ask(self, questions: Mapping[str, Callable[[], object]]) -> dict[str, object]:
+        """Facts of now for an event that is told later; none where nobody listens."""
+        return {name: ask(fact) for name, fact in questions.items()} if self.tell else {}
+
     def of(self, channel: int) -> Trace:
         """The same for one of the connection's channels, by our number for it (RFC 4254 §5.1)."""
         return replace(self, channel=channel)
@@ -94,6 +98,14 @@ class Trace:
 
 SILENT = Trace()
 """Where nobody listens."""
+
+
+def ask(fact: Callable[[], object]) -> object:
+    """A fact of now; False of what is closed by now."""
+    try:
+        return fact()
+    except OSError:
+        return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,11 +125,11 @@ def _meanings(table: str) -> dict[str, Meaning]:
 
 
 EVENTS: Mapping[str, Meaning] = _meanings("""
-tcp.accepted      | tcp     | peer fd        | a client has connected: the kernel has shaken hands, accept(2) gives a descriptor for it | accept(2)
+tcp.accepted      | tcp     | peer local fd  | a client has connected: the kernel has shaken hands, accept(2) gives a descriptor for it | accept(2)
 tcp.refused       | tcp     | reason         | too much already: it is told why and cut off, and no key is exchanged for it | RFC 4253 §11.1
 tcp.paused        | tcp     |                | the client reads too slowly: the kernel's send buffer is full, so programs are read no more | tcp(7)
 tcp.resumed       | tcp     |                | the client has read: there is room again | tcp(7)
-tcp.closed        | tcp     | fd             | close(2): the kernel may give the descriptor's number to whoever comes next | close(2)
+tcp.closed        | tcp     | fd reason      | close(2): the kernel may give the descriptor's number to whoever comes next | close(2)
 version.sent      | ssh     | text           | who we say we are, in the only line that is not a packet | RFC 4253 §4.2
 version.received  | ssh     | text           | who the client says it is | RFC 4253 §4.2
 kex.started       | ssh     | by             | what this side offers for a key exchange; the first name that both have is taken | RFC 4253 §7.1
@@ -131,7 +143,7 @@ disconnect.sent   | ssh     | code reason    | we end the connection, and say wh
 disconnect.received | ssh   | code reason    | the client ends the connection | RFC 4253 §11.1
 limit.hit         | ssh     | limit          | a limit of the configuration is reached | README
 channel.asked     | ssh     | by kind sender window packet place | a channel is wanted: a stream of its own in this connection, with a window each way | RFC 4254 §5.1
-channel.refused   | ssh     | code reason    | the channel is not opened | RFC 4254 §5.1
+channel.refused   | ssh     | by sender code reason | the channel is not opened | RFC 4254 §5.1
 channel.opened    | channel | theirs window packet | the channel is open; each side has its own number for it | RFC 4254 §5.1
 request.received  | channel | request want_reply term size modes name value command signal ms place | the client asks for something; nothing starts before shell, exec or subsystem | RFC 4254 §6
 request.accepted  | channel | request        | yes | RFC 4254 §5.4
@@ -159,19 +171,19 @@ forward.failed    | ssh     | kind to listen origin rule reason | no rule allows
 forward.completed | channel | bytes_in bytes_out | both directions have ended, and the socket is closed | RFC 4254 §7.2
 pty.opened        | pty     | master slave name size | a pair: what is written to one end comes out of the other, by way of a terminal's rules | pty(7)
 pipes.opened      | pty     | stdin stdout stderr | no terminal was asked for: three pipes, each in one direction | pipe(7)
-pty.resized       | pty     | size pgid      | the kernel sends SIGWINCH to the foreground process group | ioctl_tty(2)
-input.written     | pty     | fd what bytes shown echo foreground times | into the program's input; a terminal also echoes it, and makes signals of ^C and ^Z | termios(3)
+pty.resized       | pty     | size foreground | if that is another size, the kernel sends SIGWINCH to the foreground process group, if there is one | ioctl_tty(2)
+input.written     | pty     | fd what bytes shown echo foreground times | to the program, or into a forward's socket; a terminal also echoes it, and makes signals of ^C and ^Z | termios(3)
 input.paused      | pty     | fd what        | the program does not read: its input is full, and the client's window fills up, too | pty(7)
 input.resumed     | pty     | fd what        | the program reads again | pty(7)
 veof.typed        | pty     | character      | a terminal has no end of file, but a character that makes one of an empty line | termios(3)
-output.read       | pty     | fd what bytes shown echo foreground times | what the program wrote, and on a terminal the echo of what was typed | pty(7)
-output.ended      | pty     | fd what why    | EIO: the kernel hung up, every writer of the slave is gone. EOF: the same of a pipe. quiet, late: a background job keeps the terminal | pty(7)
+output.read       | pty     | fd what bytes shown echo foreground times | from the program, or out of a forward's socket; on a terminal with the echo of what was typed | pty(7)
+output.ended      | pty     | fd what why    | every writer is gone (EIO on a terminal: the kernel hung up; EOF on a pipe or a socket), or a background job keeps the terminal and is waited for no more (quiet, late) | pty(7)
 fd.closed         | pty     | fd what        | close(2), once: the next open(2) anywhere in the server may get this number | close(2)
 program.spawned   | process | pid pgid sid argv terminal us | a child that leads a session and a process group; the first terminal that it opens becomes its own | credentials(7)
 program.failed    | process | reason         | nothing was started, and the client is told why | execve(2)
 signal.sent       | process | signal pgid    | to a whole process group: the shell's, or what runs in the foreground | kill(2)
 program.reaped    | process | pid status ended | wait(2) has taken its status; until then it was a zombie, and its pid could not become anybody else's | wait(2)
-trace.started     | trace   | version pid    | a server began to write here; its connections are counted from 1 | README
+trace.started     | trace   | version pid began | a server writes here from now on; its connections are counted from 1, since it began | README
 trace.dropped     | trace   | events reason  | these were not written, since whoever reads is too slow, or the disk is full | README
 """)
 """name → meaning. Every event of a trace is here; a fact may be absent where it says nothing."""

@@ -7,14 +7,16 @@ let in or refused before anything is spent on it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
+import functools
 import socket
 import struct
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import Any
 
 from .config import DEFAULT_LISTEN, Address, Config
+from .lifecycle import Trace
 
 BACKLOG = 1024
 """Connections that the kernel holds until we accept; asyncio's 100 make a burst wait for seconds."""
@@ -77,7 +79,7 @@ def _bind(
 ) -> socket.socket:
     """Bind one. wish: a port to try first where any will do."""
     if wish:
-        with suppress(OSError):
+        with contextlib.suppress(OSError):
             there = (address[0], wish, *address[2:])
             return _bind(family, there, shared=shared, hold=hold)
     sock = socket.socket(family, socket.SOCK_STREAM)
@@ -118,44 +120,68 @@ READ_SIZE = 64 * 1024
 """Bytes read from a connection at once. asyncio would read 256 KiB; what is not yet handled is moved
 for each packet, which takes long for thousands of small ones."""
 
-Decide = Callable[[asyncio.Transport], "asyncio.Protocol | str"]
-"""Says who takes a new connection over, or in words for the client why nobody does."""
+Decide = Callable[[asyncio.Transport], asyncio.Protocol]
+"""Says who takes a new connection over."""
 
 
 class Door(asyncio.Protocol):
-    """A connection just accepted: handed on, or refused before it costs anything."""
-
-    lingering = 0
+    """A connection just accepted: handed on before it costs anything."""
 
     def __init__(self, decide: Decide) -> None:
         self._decide = decide
-        self._timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Ask, and hand on or refuse."""
+        """Ask, and hand on."""
         assert isinstance(transport, asyncio.Transport)  # noqa: S101
         if transport.get_extra_info("peername") is None:
             transport.abort()  # the client has gone before we came
             return
         answer = self._decide(transport)
-        if not isinstance(answer, str):
-            transport.max_size = READ_SIZE  # type: ignore[attr-defined]
-            transport.set_protocol(answer)
-            answer.connection_made(transport)
-        elif Door.lingering >= MAX_LINGERING:
+        transport.max_size = READ_SIZE  # type: ignore[attr-defined]
+        transport.set_protocol(answer)
+        answer.connection_made(transport)
+
+
+class Refused(asyncio.Protocol):
+    """A connection that is told why, and cut off."""
+
+    lingering = 0
+
+    def __init__(self, words: str, trace: Trace) -> None:
+        self._words = words
+        self._trace = trace
+        self._timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Say it, if not too many are being told already."""
+        assert isinstance(transport, asyncio.Transport)  # noqa: S101
+        self._trace("tcp.refused", reason=self._words)
+        self._socket = transport.get_extra_info("socket")
+        if Refused.lingering >= MAX_LINGERING:
             transport.abort()
-        else:
-            Door.lingering += 1
-            transport.write(refusal(answer))
-            with suppress(OSError):  # the client has gone
-                transport.write_eof()
-            self._timer = asyncio.get_running_loop().call_later(LINGER, transport.abort)
+            return
+        Refused.lingering += 1
+        transport.write(refusal(self._words))
+        with contextlib.suppress(OSError):  # the client has gone
+            transport.write_eof()
+        self._timer = asyncio.get_running_loop().call_later(LINGER, transport.abort)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The refused client has gone."""
+        """It has gone."""
+        self._trace("tcp.closed", fd=self._socket.fileno())
         if self._timer is not None:
             self._timer.cancel()
-            Door.lingering -= 1
+            Refused.lingering -= 1
+
+
+async def listen(config: Config, held: Sequence[Address], decide: Decide) -> list[asyncio.Server]:
+    """Listen as open_sockets does, and let decide say who takes a connection over."""
+    make = functools.partial(asyncio.get_running_loop().create_server, lambda: Door(decide))
+    with contextlib.ExitStack() as undo:
+        sockets = [undo.enter_context(sock) for sock in open_sockets(config, held)]
+        listeners = [await make(sock=sock, backlog=BACKLOG) for sock in sockets]
+        undo.pop_all()
+    return listeners
 
 
 def refusal(words: str) -> bytes:

@@ -7,7 +7,7 @@ it is, so what is told here is what was on the wire, in its order, whatever our 
 from __future__ import annotations
 
 from base64 import b64encode
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from hashlib import sha256
 from typing import Any
@@ -24,10 +24,12 @@ Facts = dict[str, Any]
 class Packets:
     """Tells of the packets of one connection, or of one channel."""
 
-    __slots__ = ("asked", "trace")
+    __slots__ = ("asked", "streams", "trace")
 
-    def __init__(self, trace: Trace) -> None:
+    def __init__(self, trace: Trace, streams: Mapping[str, str] | None = None) -> None:
+        """streams: what the data of each way is to a program."""
         self.trace = trace
+        self.streams = streams or {}
         self.asked: list[str] = []
         """Requests of the client that wait for our answer, which does not name them (§5.4, §4)."""
 
@@ -132,8 +134,9 @@ def _open_confirmation(to: Packets, way: str, packet: SSHPacket) -> None:
 
 
 def _open_failure(to: Packets, way: str, packet: SSHPacket) -> None:
-    packet.get_uint32()
-    to.trace("channel.refused", code=packet.get_uint32(), reason=_text(packet))
+    by = "client" if way == "sent" else "server"  # who had asked
+    sender, code = packet.get_uint32(), packet.get_uint32()
+    to.trace("channel.refused", by=by, sender=sender, code=code, reason=_text(packet))
 
 
 def _window_adjust(to: Packets, way: str, packet: SSHPacket) -> None:
@@ -146,8 +149,8 @@ def _data(to: Packets, way: str, packet: SSHPacket, stream: str = "") -> None:
     if stream:
         packet.get_uint32()
     data = packet.get_string()
-    stream = stream or ("stdout" if way == "sent" else "stdin")
-    to.trace(f"data.{way}", stream=stream, bytes=len(data))
+    stream = stream or to.streams.get(way, "")
+    to.trace(f"data.{way}", stream=stream or None, bytes=len(data))
 
 
 def _extended_data(to: Packets, way: str, packet: SSHPacket) -> None:

@@ -58,6 +58,8 @@ class PipeProgram:
             for fd in fds:
                 os.close(fd)
             if isinstance(exc, SpawnError):
+                for what, fd in (("stdin", in_write), ("stdout", out_read), ("stderr", err_read)):
+                    command.trace("fd.closed", fd=fd, what=what)
                 raise
             raise SpawnError(f"cannot open a pipe: {exc.strerror}") from exc
         for fd in (in_read, out_write, err_write):

@@ -61,10 +61,6 @@ unset OLDPWD
 # user of the machine could read them.
 _EXPORT = "GOSSHD_EXPORT_{}"
 
-# A session leader without a controlling terminal gets the first one it opens (credentials(7),
-# tty(4)). Popen has called setsid(2); opening the pty by name does the rest.
-_TAKE_TERMINAL = 'exec <>"$SSH_TTY" >&0 2>&0\n'
-
 
 def spawn(command: Command, *, stdin: int, stdout: int, stderr: int, terminal: bool) -> Child:
     """Start command in a session (setsid(2)) of its own. Raises SpawnError with the reason.
@@ -79,8 +75,7 @@ def spawn(command: Command, *, stdin: int, stdout: int, stderr: int, terminal: b
     if not os.access(program, os.X_OK):
         raise SpawnError(f"{os.fsdecode(program)}: not found or not executable on this server")
     exports = [_EXPORT.format(number) for number in range(len(command.client_env))]
-    script = (_TAKE_TERMINAL if terminal else "") + _confine(command) + _CHDIR
-    script += "".join(f'export "${name}"; unset {name}\n' for name in exports) + 'exec "$@"'
+    script = launcher(command, exports, terminal=terminal)
     assignments = [f"{name}=".encode() + value for name, value in command.client_env.items()]
     env: dict[str, str | bytes] = {**command.env, **dict(zip(exports, assignments, strict=True))}
     argv = [*_become(command.run_as), "/bin/sh", "-c", script, "sh", *command.argv]
@@ -105,6 +100,15 @@ def spawn(command: Command, *, stdin: int, stdout: int, stderr: int, terminal: b
         us=int((time.monotonic() - began) * 1e6),
     )  # fmt: skip
     return child
+
+
+def launcher(command: Command, exports: Sequence[str], *, terminal: bool) -> str:
+    """What /bin/sh does in the child before it becomes the program. exports: names of NAME=VALUEs."""
+    # A session leader without a controlling terminal gets the first one it opens (credentials(7),
+    # tty(4)). Popen has called setsid(2); opening the pty by name does the rest.
+    take_terminal = 'exec <>"$SSH_TTY" >&0 2>&0\n' if terminal else ""
+    export = "".join(f'export "${name}"; unset {name}\n' for name in exports)
+    return take_terminal + _confine(command) + _CHDIR + export + 'exec "$@"'
 
 
 _ULIMIT = {
@@ -242,7 +246,11 @@ class Descriptor:
         what: str = "",
         **asked: Callable[[], object],
     ) -> None:
-        """Own fd. For its events, what it is, and what they tell of data beside the bytes."""
+        """Own fd. For its events, what it is, and what is asked about it when data goes by.
+
+        For input that is asked before it is written and, whether it is echoed, again behind it:
+        who asks for a password turns the echo off before, and on again right after.
+        """
         os.set_blocking(fd, False)
         self.fd = fd
         self._trace, self._facts = trace, {"fd": fd, "what": what}
@@ -312,7 +320,7 @@ class Descriptor:
     async def write(self, data: bytes) -> None:
         """Write all of data, waiting whenever the other side is full. Raises OSError."""
         view = memoryview(data)
-        shown = self._echoes()
+        before = self._trace.ask(self._asked)
         while view:
             if self.fd < 0:
                 raise BrokenPipeError("closed")
@@ -320,13 +328,9 @@ class Descriptor:
                 view = view[os.write(self.fd, view) :]
             except BlockingIOError:
                 await self._writable()
-        # Whoever asks for a password turns the echo off before, and on again right after.
-        facts = {**self._facts, **self._asked, "echo": lambda: shown and self._echoes()}
-        self._trace("input.written", bytes=len(data), data=data, **facts)
-
-    def _echoes(self) -> object:
-        """Whether what is written can be shown: a terminal with its echo off reads a password."""
-        return self._asked["echo"]() if self._trace.tell and "echo" in self._asked else True
+        self._trace(
+            "input.written", bytes=len(data), data=data, **self._facts, **before, after=self._asked
+        )
 
     async def _writable(self) -> None:
         self._write_waiter = waiter = self._loop.create_future()

@@ -66,7 +66,7 @@ class PtyProgram:
         self._grace = grace
         self._master = Descriptor(
             handle.fd, handle.fileobj.close, child.trace, "master",
-            foreground=lambda: os.tcgetpgrp(handle.fd),
+            foreground=self._group,
             echo=lambda: bool(self._attributes()[3] & termios.ECHO),
         )  # fmt: skip
         self._late_bytes, self._late_seconds = LATE_BYTES, LATE_SECONDS
@@ -237,7 +237,7 @@ class PtyProgram:
         """Set the size; the kernel tells the foreground group by SIGWINCH (RFC 4254 §6.7)."""
         if self._master.fd >= 0:
             set_size(self._master.fd, size)
-            self._child.trace("pty.resized", size=str(size), pgid=self._foreground)
+            self._child.trace("pty.resized", size=str(size), foreground=self._group)
 
     def send_signal(self, number: int) -> None:
         """Deliver a signal to the terminal's foreground process group (RFC 4254 §6.9)."""
@@ -251,10 +251,14 @@ class PtyProgram:
             self.send_signal(signal.SIGINT)
         return True
 
+    def _group(self) -> int:
+        """The foreground process group; 0: none. Raises OSError."""
+        return os.tcgetpgrp(self._master.fd)
+
     def _foreground(self) -> int:
-        """The foreground process group, or the program's own where the terminal has none."""
+        """The same, or the program's own where the terminal has none."""
         with suppress(OSError):
-            return os.tcgetpgrp(self._master.fd) or self.pid
+            return self._group() or self.pid
         return self.pid
 
     async def aclose(self) -> None:

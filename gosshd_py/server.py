@@ -19,7 +19,7 @@ from .connection import Connection, Shared
 from .hostkeys import load_host_keys
 from .lifecycle import Cause, Start, Tell, Trace
 from .limits import Admission, SessionClock, SessionCounts
-from .listen import BACKLOG, Door, open_sockets
+from .listen import Refused, listen
 from .logs import log_loop_error
 from .session import Program, run_session
 from .transport import Transport, make_options
@@ -63,22 +63,10 @@ class Server:
 
     async def __aenter__(self) -> Self:
         """Start to listen. Raises ListenError and HostKeyError."""
-        loop = asyncio.get_running_loop()
-        loop.set_exception_handler(log_loop_error)
+        asyncio.get_running_loop().set_exception_handler(log_loop_error)
         await self.use(self.config)
-        sockets = open_sockets(self.config, self._worker.addresses)
-        try:
-            for sock in sockets:
-                listener = await loop.create_server(
-                    lambda: Door(self._enter), sock=sock, backlog=BACKLOG
-                )
-                self._listeners.append(listener)
-        except BaseException:
-            for listener in self._listeners:
-                listener.close()
-            for sock in sockets:
-                sock.close()
-            raise
+        self._listeners = await listen(self.config, self._worker.addresses, self._enter)
+        sockets = [sock for listener in self._listeners for sock in listener.sockets]
         self.addresses = [Address(*sock.getsockname()[:2]) for sock in sockets]
         return self
 
@@ -97,17 +85,17 @@ class Server:
         self._options = make_options(config, host_keys, make)
         self.config, self.host_keys = config, host_keys
 
-    def _enter(self, transport: asyncio.Transport) -> asyncio.Protocol | str:
-        """Who takes a new connection over, or why nobody does."""
+    def _enter(self, transport: asyncio.Transport) -> asyncio.Protocol:
+        """Who takes a new connection over."""
         trace = Trace(self._tell, self._worker.next_connection())
-        host, port = transport.get_extra_info("peername")[:2]
+        peer, local = (
+            Address(*transport.get_extra_info(name)[:2]) for name in ("peername", "sockname")
+        )
         fd = transport.get_extra_info("socket").fileno
-        trace("tcp.accepted", peer=str(Address(host, port)), fd=fd)
+        trace("tcp.accepted", peer=str(peer), local=str(local), fd=fd)
         admission = self._shared.admission
-        words = self._shared.stopping or admission.reason_to_refuse(self.config, host)
-        if words:
-            trace("tcp.refused", reason=words)
-        return words or Transport(self._options, trace)
+        words = self._shared.stopping or admission.reason_to_refuse(self.config, peer.host)
+        return Refused(words, trace) if words else Transport(self._options, trace)
 
     @property
     def connections(self) -> set[Connection]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -23,6 +24,40 @@ WAITING = ("paused", "resumed", "ignored")
 UNKNOWN = Meaning("trace", (), "", "")
 
 
+KEPT = 1000
+"""Connections that are over, of which something may still be told: a program that ends late."""
+
+
+class Unbuffered:
+    """A stream whose writes are done, or have failed, when they return.
+
+    A buffer is locked while it is written, and a terminal that takes nothing more would keep that
+    lock to the end of the process, which Python then aborts.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._fd = os.dup(stream.fileno())
+        self.encoding = stream.encoding
+
+    def write(self, text: str) -> int:
+        """Write all of it; what the terminal has no character for becomes a question mark."""
+        data = text.encode(self.encoding, "replace")
+        while data:
+            data = data[os.write(self._fd, data) :]
+        return len(text)
+
+    def flush(self) -> None:
+        """There is nothing to flush."""
+
+    def isatty(self) -> bool:
+        """Whether it is a terminal."""
+        return os.isatty(self._fd)
+
+    def fileno(self) -> int:
+        """The descriptor."""
+        return self._fd
+
+
 class _Terminal(Console):
     """A console that takes it calmly when nobody reads any more."""
 
@@ -33,10 +68,20 @@ class _Terminal(Console):
         os.close(nothing)
 
 
+class _Told:
+    """What the story remembers of a connection."""
+
+    def __init__(self, began: int) -> None:
+        self.began = began
+        self.glosses: set[str] = set()
+        """Events that have been explained."""
+
+
 class Story:
     """Writes records for people; an Output of a Tracer. Times are milliseconds since the accept.
 
-    A line is cut at the width of a terminal, elsewhere it is whole.
+    On a terminal a line is cut at its width; what an event means is told in full, on a line of its
+    own if it needs that, the first time that it happens on a connection. Elsewhere lines are whole.
     """
 
     pace = 0.1
@@ -44,21 +89,38 @@ class Story:
     def __init__(self, stream: TextIO) -> None:
         self._console = _Terminal(file=stream, highlight=False)
         self._whole = not stream.isatty()
-        self._began: dict[int, int] = {}
+        self._told: dict[int, _Told] = {}
+        self._over: deque[int] = deque()
+
+    def start(self) -> None:
+        """There is nothing to say before something happens."""
 
     def write(self, record: Record) -> None:
         """Write a line. Raises OSError."""
-        began = self._began.setdefault(record.connection, record.us)
+        told = self._told.setdefault(record.connection, _Told(record.us))
         if record.event == "tcp.closed":
-            del self._began[record.connection]
-        line = line_of(record, (record.us - began) / 1000)
+            self._over.append(record.connection)
+            if len(self._over) > KEPT:
+                self._told.pop(self._over.popleft(), None)
+        line = line_of(record, (record.us - told.began) / 1000)
+        gloss = Text(EVENTS.get(record.event, UNKNOWN).gloss, style="dim italic")
+        line.append("  ")
         if self._whole:
-            self._console.print(line, soft_wrap=True)
+            self._console.print(line + gloss, soft_wrap=True)
+        elif line.cell_len + gloss.cell_len <= self._console.width or record.event in told.glosses:
+            self._console.print(line + gloss, no_wrap=True, overflow="ellipsis")
         else:
             self._console.print(line, no_wrap=True, overflow="ellipsis")
+            for part in gloss.wrap(self._console, max(self._console.width - GLOSS, 20)):
+                self._console.print(Text(" " * GLOSS) + part, no_wrap=True)
+        told.glosses.add(record.event)
 
     def close(self) -> None:
         """Leave the stream to its owner."""
+
+
+GLOSS = 18
+"""Columns before the meaning of an event that has a line of its own."""
 
 
 def line_of(record: Record, ms: float) -> Text:
@@ -73,7 +135,6 @@ def line_of(record: Record, ms: float) -> Text:
     line.append(f"{ms:>10.2f} ms  ", style="dim")
     line.append(f"{'  ' * INDENT[lane]}{record.event:<18}", style=style)
     line.append(f" {words(record.facts)}".rstrip())
-    line.append(f"  {meaning.gloss}", style="dim italic")
     return line
 
 

@@ -1,7 +1,8 @@
 """Where the events of a trace go: through a bounded queue to a thread of each output's own.
 
 Promises: whoever tells never waits, however slow a disk or a terminal is; what does not fit the
-queue is counted, and the count is told in its place; a trace holds no password and no key.
+queue is counted, and the count is told in its place; what is typed unseen, and what forwards carry
+(an agent's keys, somebody's cookies), is counted and not shown.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from typing import Any, Protocol, Self
 
 import msgspec
 
-from .logs import clean
+from .lifecycle import ask
+from .logs import clean, escape
 
 QUEUE = 10_000
 """Events that wait for an output; further ones are dropped."""
@@ -57,6 +59,9 @@ class Output(Protocol):
     pace: float
     """Seconds between two batches of a flood."""
 
+    def start(self) -> None:
+        """Called first, in that thread. OSError: tried again by the first write."""
+
     def write(self, record: Record) -> None:
         """Write it. OSError: it is lost, for the reason that this gives."""
 
@@ -88,10 +93,14 @@ class Tracer:
 
     def tell(self, connection: int, channel: int | None, event: str, facts: dict[str, Any]) -> None:
         """Hear of an event: lifecycle.Tell."""
-        facts = {name: _ask(fact) if callable(fact) else fact for name, fact in facts.items()}
-        if (data := facts.pop("data", None)) and self._show:
+        facts = {name: ask(fact) if callable(fact) else fact for name, fact in facts.items()}
+        after, data = facts.pop("after", {}), facts.pop("data", b"")
+        if data and self._show and facts["what"] != "socket":
             # What is typed where nothing is echoed is a password, or a raw program's business.
-            facts["shown"] = spell(data[: self._show], hidden=facts.get("echo") is False)
+            unseen = facts.get("echo") is False or ("echo" in after and not ask(after["echo"]))
+            facts["shown"] = Shown(
+                spell(data[: self._show], hidden=event == "input.written" and unseen)
+            )
         record = Record(now(), time.time(), connection, channel, event, facts)
         for waiting in self._queues:
             waiting.put(record)
@@ -100,13 +109,6 @@ class Tracer:
 def now() -> int:
     """Microseconds of the monotonic clock."""
     return time.monotonic_ns() // 1000
-
-
-def _ask(fact: Any) -> Any:
-    try:
-        return fact()
-    except OSError:  # it is closed by now
-        return False
 
 
 class _Queue(threading.Thread):
@@ -139,6 +141,8 @@ class _Queue(threading.Thread):
 
     def run(self) -> None:
         """Write until the end; then close."""
+        with suppress(OSError):
+            self._output.start()
         for batch in self._batches():
             flood = len(batch) > FLOOD
             for record in merged(batch) if flood else batch:
@@ -155,9 +159,9 @@ class _Queue(threading.Thread):
                 self._output.write(_dropped(self._lost, self._reason))
                 self._lost = 0
             self._output.write(record)
-        except OSError as exc:
+        except (OSError, ValueError) as exc:  # ValueError: of a stream that was closed
             self._lost += 1
-            self._reason = exc.strerror or str(exc)
+            self._reason = (exc.strerror if isinstance(exc, OSError) else None) or str(exc)
 
     def _batches(self) -> Iterator[list[Record]]:
         """All that waits, some at a time, until the end."""
@@ -210,6 +214,12 @@ _NAMES = (
 """ASCII's names of its control characters."""
 
 
+class Shown(str):
+    """Data in print: as long as was asked for, and without control characters."""
+
+    __slots__ = ()
+
+
 def spell(data: bytes, *, hidden: bool = False) -> str:
     """Data in print: text in quotes, control characters as ^C ETX. hidden: of text, only how much."""
     words: list[str] = []
@@ -219,7 +229,7 @@ def spell(data: bytes, *, hidden: bool = False) -> str:
             text += character
             continue
         if text:
-            words.append(f"({len(text)} hidden)" if hidden else f'"{clean(text)}"')
+            words.append(f"({len(text)} hidden)" if hidden else f'"{escape(text)}"')
             text = ""
         if character:
             words.append(_CONTROL[character])
@@ -232,6 +242,8 @@ _CONTROL["\x7f"] = "^? DEL"
 
 def plain(fact: Any) -> Any:
     """A fact as JSON and people take it: numbers and lists stay, all else becomes short text."""
+    if isinstance(fact, Shown):
+        return str(fact)
     if fact is None or isinstance(fact, bool | int | float):
         return fact
     if isinstance(fact, bytes):
@@ -259,7 +271,8 @@ class TraceFile:
         """Raises OSError if it cannot be written."""
         self._path = path
         self._version = version
-        self._torn = False
+        self._began = round(time.time(), 6)
+        self._torn = self._introduced = False
         self._fd = -1
         self._open()
 
@@ -269,15 +282,22 @@ class TraceFile:
         os.set_blocking(fd, True)
         self.close()
         self._fd = fd
+        self._introduced = False
+
+    def start(self) -> None:
+        """Tell who writes, in each new file. Not when it is opened: a full pipe takes its time."""
         # A line that was left unfinished, since the disk was full or its server was killed.
         self._torn = _last_byte(self._path) not in (b"", b"\n")
-        facts = {"version": self._version, "pid": os.getpid()}
+        facts = {"version": self._version, "pid": os.getpid(), "began": self._began}
         self._append(Record(now(), time.time(), 0, None, "trace.started", facts))
+        self._introduced = True
 
     def write(self, record: Record) -> None:
         """Append it, by one system call. Raises OSError if that does not take all of it."""
         if not self._is_ours():
             self._open()
+        if not self._introduced:
+            self.start()
         self._append(record)
 
     def _is_ours(self) -> bool:

@@ -98,6 +98,7 @@ class Transport(asyncssh.SSHServerConnection):
         self._rekey_timer: asyncio.TimerHandle | None = None
         self._turn_ends, self._turned_over = 0.0, False
         self._kex_began = 0.0
+        self._lost: Exception | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """TCP is open."""
@@ -107,8 +108,10 @@ class Transport(asyncssh.SSHServerConnection):
 
     def connection_lost(self, exc: Exception | None = None) -> None:
         """TCP is closed, or, when asyncssh calls this itself, is to be closed."""
+        self._lost = self._lost or exc
         if self._tcp.is_closing():
-            self.trace("tcp.closed", fd=self._tcp_socket.fileno())
+            reason = {"reason": str(self._lost)} if self._lost else {}
+            self.trace("tcp.closed", fd=self._tcp_socket.fileno(), **reason)
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:

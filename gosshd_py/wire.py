@@ -8,7 +8,7 @@ end the connection for, reach channel.py.
 from __future__ import annotations
 
 import asyncio
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import asyncssh
 from asyncssh.constants import MSG_CHANNEL_CLOSE
@@ -55,6 +55,8 @@ class Watched:
     """
 
     flow: Watcher
+    streams: ClassVar[dict[str, str]] = {}
+    """What the data of each way, received and sent, is to a program, if there is one."""
     _conn: Any
     _recv_chan: Any
     _session: Any
@@ -63,7 +65,7 @@ class Watched:
         """Tell everything to flow, and the packets to those who listen."""
         self.flow = flow
         flow.trace = self._conn.trace.of(self._recv_chan)
-        self._packets = Packets(flow.trace)
+        self._packets = Packets(flow.trace, self.streams)
 
     def log_sent_packet(self, pkttype: int, pktid: int | None, packet: Any, note: str = "") -> None:
         """A packet of this channel goes out."""
@@ -139,6 +141,8 @@ class Requests(Watcher, Protocol):
 
 class SessionWire(Watched, asyncssh.SSHServerChannel[bytes]):
     """The channel of a session: takes the bytes of its requests apart (RFC 4254 §6)."""
+
+    streams: ClassVar = {"received": "stdin", "sent": "stdout"}
 
     def __init__(self, conn: asyncssh.SSHServerConnection, requests: Requests) -> None:
         loop = asyncio.get_running_loop()

@@ -109,8 +109,8 @@ class Served:
         return self.ask("stats")
 
     def log(self) -> list[dict[str, Any]]:
-        """Every log event so far."""
-        lines = self.log_file.read_text().splitlines()
+        """Every log event so far; the last line may just be written."""
+        lines = self.log_file.read_text().rpartition("\n")[0].splitlines()
         return [json.loads(line) for line in lines if line.startswith("{")]
 
     def events(self, name: str, **facts: Any) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -144,18 +145,28 @@ def test_a_guided_exercise_from_its_story_to_the_comparison(tmp_path: Path) -> N
     assert not Path(command[2]).exists()  # its folder has gone
 
 
-def test_an_exercise_that_is_broken_off_leaves_nothing(tmp_path: Path) -> None:
-    env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "TERM": "xterm"}
+@pytest.mark.parametrize("by", ["^C", "SIGTERM", "SIGHUP"])
+def test_an_exercise_that_is_broken_off_leaves_nothing(tmp_path: Path, by: str) -> None:
+    env = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(tmp_path),
+        "TERM": "xterm",
+        "TMPDIR": str(tmp_path),
+    }
     guide = pexpect.spawn(sys.executable, ["-m", "gosshd_py", "labs", "zombie"], cwd=str(ROOT), env=env, timeout=20, dimensions=(50, 160))  # fmt: skip
     guide.expect(r"--ppid (\d+)")
     pid = int(guide.match[1])
     guide.expect("Enter goes on")
     assert alive(pid)
-    guide.sendcontrol("c")
+    if by == "^C":
+        guide.sendcontrol("c")
+    else:
+        guide.kill(getattr(signal, by))
     guide.expect(pexpect.EOF)
     guide.close()
     wait_for("the server's end", lambda: not alive(pid))
-    assert guide.exitstatus == 1
+    assert guide.exitstatus != 0
+    assert not list(tmp_path.glob("gosshd-lab*"))
     assert b"Traceback" not in guide.before
 
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import json
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree as ET
 
+import asyncssh
 import pytest
 from selenium import webdriver
 from selenium.webdriver.common.action_chains import ActionChains
@@ -22,11 +27,15 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.select import Select
 
-from gosshd_py.timeline import Connection, Model, TraceError, page, read_events, svg
+from gosshd_py.lifecycle import EVENTS
+from gosshd_py.timeline import Connection, Model, Read, page, svg
 from gosshd_py.timeline.follow import Tail
+from gosshd_py.timeline.model import Bar
 
 from .serving import ROOT, Served, run, wait_for
 from .test_cli import gosshd_once
+from .test_forward import Echo
+from .test_limits import connect, read_all
 from .test_trace import Traced
 
 Serve = Callable[..., Served]
@@ -40,7 +49,7 @@ def traced(serve: Serve, tmp_path: Path) -> Traced:
 def connections(file: Path) -> list[Connection]:
     model = Model()
     with file.open() as lines:
-        for event in read_events(lines, str(file)):
+        for event in Read(lines):
             model.feed(event)
     return [model.connection(key) for key in model.events]
 
@@ -98,25 +107,221 @@ def test_pipes_have_three_bars_and_a_hang_up_is_a_cause(traced: Traced) -> None:
 def test_a_trace_of_several_runs_keeps_them_apart(tmp_path: Path) -> None:
     """The kernel gives a pid again, and each server counts from 1."""
 
-    def line(event: str, connection: int, pid: int = 7) -> str:
-        return json.dumps({"us": 1, "time": 1.0, "pid": pid, "connection": connection, "channel": None, "event": event, "facts": {}})  # fmt: skip
-
     file = tmp_path / "t.ndjson"
-    lines = [line("trace.started", 0), line("tcp.accepted", 1), line("trace.started", 0), line("tcp.accepted", 1), line("tcp.accepted", 1, 8)]  # fmt: skip
-    file.write_text("\n".join([*lines, '{"us": 1, "ti']))
+    file.write_text(
+        line("trace.started", 0, began=1.0) + line("tcp.accepted")
+        + line("trace.started", 0, began=2.0) + line("tcp.accepted")
+        + line("tcp.accepted", pid=8) + '{"us": 1, "ti'
+    )  # fmt: skip
     assert [found.number for found in connections(file)] == [1, 1, 1]
 
 
-@pytest.mark.parametrize("text", ["no trace\n", '{"a": 1}\n', "[]\n", "1\n"])
+def test_a_file_that_is_rotated_in_the_middle_of_a_session_does_not_split_it(
+    traced: Traced, tmp_path: Path
+) -> None:
+    terminal = traced.server.terminal("-tt", "HOST", "sh")
+    wait_for("its start", lambda: traced.of("program.spawned"))
+    traced.file.rename(tmp_path / "older")
+    terminal.sendline("exit")
+    wait_for("its end", lambda: traced.file.exists() and traced.of("tcp.closed"))
+    whole = tmp_path / "whole"
+    whole.write_text((tmp_path / "older").read_text() + traced.file.read_text())
+    (life,) = connections(whole)
+    assert not life.open
+    assert connections(traced.file)[0].number == life.number  # and its second half can be drawn
+
+
+def line(event: str, connection: Any = 1, pid: Any = 7, us: Any = 1, channel: Any = None, **facts: Any) -> str:  # fmt: skip
+    return json.dumps({"us": us, "time": 1.0, "pid": pid, "connection": connection, "channel": channel, "event": event, "facts": facts}) + "\n"  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["no trace\n", '{"a": 1}\n', "[]\n", "1\n", "\0\n"])
 def test_what_is_no_trace_is_told(tmp_path: Path, text: str) -> None:
     file = tmp_path / "t.ndjson"
     file.write_text(text)
-    with pytest.raises(TraceError, match="name a file of --trace-file"):
-        connections(file)
     result = gosshd_once(tmp_path, "timeline", file)
     assert result.returncode == 1
-    assert result.stderr.startswith("gosshd: error: ")
-    assert len(result.stderr.splitlines()) == 1
+    assert result.stderr == f"gosshd: error: {file}: is no trace; name a file of --trace-file\n"
+
+
+ODD = [
+    line("tcp.accepted", us=None), line("tcp.accepted", us="1"), line("tcp.accepted", us=[1]),
+    line("tcp.accepted", us=-1), line("tcp.accepted", us=2**60), line("tcp.accepted", us=float("nan")),
+    line("tcp.accepted", pid=[]), line("tcp.accepted", connection={}), line("tcp.accepted", channel="0"),
+    line([]), line(1), line(None),
+    line("x").replace('"facts": {}', '"facts": []'), line("x").replace('"facts": {}', '"facts": null'),
+    line("x").replace('"us": 1', '"us": 1e999'), line("x", a="b").replace('"b"', '"\\ud800"'),
+    line("x", a="b").replace('"b"', "[" * 100_000 + "]" * 100_000), line("x", a=[[1]]), line("x")[:20] + "\n",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_a_line_that_is_no_event_is_left_out_and_counted(tmp_path: Path, odd: str) -> None:
+    file = tmp_path / "t.ndjson"
+    file.write_text("\n" + odd + line("tcp.accepted", peer="p", fd=3))
+    for how in ((), ("--svg",)):
+        result = gosshd_once(tmp_path, "timeline", file, *how)
+        assert result.returncode == 0, result.stderr
+        assert f"{file}: 1 lines are no events and are left out\n" in result.stderr
+
+
+def test_facts_of_unexpected_kinds_are_drawn_all_the_same(tmp_path: Path) -> None:
+    file = tmp_path / "t.ndjson"
+    odd = ({"k": "\x00\x1b\ud83d"}, [1, None], "\x00\x08", None, True, 10**30, -0.5)
+    names = (
+        "what",
+        "by",
+        "to",
+        "sender",
+        "theirs",
+        "request",
+        "cause",
+        "user",
+        "events",
+        "fd",
+        "began",
+    )
+    events = ["trace.started", "trace.dropped", *EVENTS]
+    file.write_text("".join(
+        line(event, channel=channel, us=number, **dict.fromkeys(names, value))
+        for number, (event, value, channel) in enumerate(itertools.product(events, odd, (None, 0)))
+    ))  # fmt: skip
+    for life in connections(file):
+        data = re.search(r'id="trace">(.*?)</script>', page([life], title="t"), re.DOTALL)
+        assert json.loads(data[1], parse_constant=pytest.fail)
+        assert ET.fromstring(svg(life)) is not None
+
+
+def bars(life: Connection, kind: str) -> dict[str, Bar]:
+    return {bar.label: bar for lane in life.lanes if lane.kind == kind for bar in lane.bars}
+
+
+def test_a_program_that_outlives_its_client_is_drawn_to_its_own_end(
+    serve: Serve, tmp_path: Path
+) -> None:
+    traced = Traced(serve, tmp_path, hangup_grace=0.5)
+    client = traced.server.terminal("-tt", "HOST", "trap '' HUP; echo rea''dy; sleep 50; sleep 50")
+    client.expect("ready")
+    client.close(force=True)
+    traced.over()
+    (life,) = connections(traced.file)
+    at = {mark.event: mark.us for mark in life.marks}
+    assert at["tcp.closed"] + 300_000 < at["program.reaped"]
+    (process,) = bars(life, "process").values()
+    assert process.end == at["program.reaped"]
+    (connected,) = bars(life, "tcp").values()
+    assert connected.end == at["tcp.closed"]
+    master = next(bar for label, bar in bars(life, "pty").items() if label.startswith("master"))
+    assert master.end == next(mark.us for mark in life.marks if mark.event == "fd.closed" and mark.facts["what"] == "master")  # fmt: skip
+    hanging_up = bars(life, "channel")["hanging up"]
+    assert hanging_up.end is not None
+    assert hanging_up.end >= at["program.reaped"]
+    assert not life.open
+    until = [json.loads(text) for text in traced.file.read_text().splitlines()]
+    shortened = tmp_path / "until"
+    shortened.write_text("".join(
+        json.dumps(event) + "\n" for event in until if event["event"] not in ("program.reaped", "state.changed", "session.ended")
+    ))  # fmt: skip
+    (still,) = connections(shortened)
+    assert still.open  # the program runs
+
+
+def test_what_a_session_was_is_still_drawn_when_keys_are_exchanged_anew(traced: Traced) -> None:
+    data = "head -c 2000000 /dev/zero"
+    traced.server.ssh("-o", "RekeyLimit=200K", "HOST", data)
+    traced.over()
+    (life,) = connections(traced.file)
+    ssh = next(lane for lane in life.lanes if lane.kind == "ssh")
+    kexes = [bar for bar in ssh.bars if bar.label == "key exchange"]
+    assert len(kexes) > 2
+    assert {bar.row for bar in kexes} == {1}
+    login = next(bar for bar in ssh.bars if bar.label == "logged in as anyuser")
+    assert login.end == next(mark.us for mark in life.marks if mark.event == "tcp.closed")
+    identification = next(bar for bar in ssh.bars if bar.label == "identification")
+    assert identification.end == kexes[0].begin
+
+
+def test_each_channel_comes_from_its_own_request(traced: Traced) -> None:
+    async def many() -> None:
+        conn = await traced.server.connect()
+        await asyncio.gather(*(conn.run("true") for _ in range(12)), return_exceptions=True)
+        refused = await asyncio.gather(
+            *(conn.open_connection("10.0.0.1", 80) for _ in range(3)), return_exceptions=True
+        )
+        assert all(isinstance(one, asyncssh.ChannelOpenError) for one in refused)
+        conn.close()
+
+    run(many())
+    traced.over()
+    (life,) = connections(traced.file)
+    found = 0
+    for arrow in life.arrows:
+        cause, effect = life.marks[arrow.cause], life.marks[arrow.effect]
+        if effect.event == "channel.opened":
+            assert cause.facts["sender"] == effect.facts["theirs"]
+            found += 1
+        elif effect.event == "channel.refused":
+            assert cause.facts["sender"] == effect.facts["sender"]
+            found += 1
+    assert found == 15
+    assert len({arrow.effect for arrow in life.arrows}) == len(life.arrows)
+
+
+def test_a_refused_connection_ends(serve: Serve, tmp_path: Path) -> None:
+    traced = Traced(serve, tmp_path, max_connections=1)
+    with connect(traced.server), connect(traced.server) as second:
+        read_all(second)
+    wait_for("their ends", lambda: len(traced.of("tcp.closed")) == 2)
+    lives = connections(traced.file)
+    assert sorted(life.open for life in lives) == [False, False]
+    refused = next(
+        life for life in lives if any(mark.event == "tcp.refused" for mark in life.marks)
+    )
+    assert [mark.event for mark in refused.marks] == ["tcp.accepted", "tcp.refused", "tcp.closed"]
+    assert refused.marks[0].facts["fd"] == refused.marks[2].facts["fd"]
+
+
+def test_a_forward_has_a_socket_and_no_process(serve: Serve, tmp_path: Path) -> None:
+    with Echo(("127.0.0.1", 0), Echo.Handler) as echo:
+        threading.Thread(target=echo.serve_forever, args=(0.01,), daemon=True).start()
+        traced = Traced(serve, tmp_path, permit_open=["127.0.0.1:*"], trace_data=64)
+
+        async def ask() -> None:
+            conn = await traced.server.connect()
+            reader, writer = await conn.open_connection("127.0.0.1", echo.server_address[1])
+            writer.write(b"Cookie: secret")
+            writer.write_eof()
+            assert await reader.read() == b"Cookie: secret"
+            conn.close()
+
+        run(ask())
+        echo.shutdown()
+    wait_for("its end", lambda: traced.of("forward.completed"))
+    assert "Cookie" not in traced.file.read_text()  # it is not ours to show
+    for record in traced.of("data.received", "data.sent", "input.written", "output.read"):
+        assert record["facts"].get("stream") is None
+        assert "echo" not in record["facts"]
+    (life,) = connections(traced.file)
+    assert [lane.name for lane in life.lanes] == ["TCP", "SSH", "channel 0", "socket 0"]
+
+
+def test_the_cause_of_an_end_is_not_an_old_limit(serve: Serve, tmp_path: Path) -> None:
+    traced = Traced(serve, tmp_path, connection_max_sessions=1)
+
+    async def main() -> None:
+        conn = await traced.server.connect()
+        process = await conn.create_process("cat")
+        with pytest.raises(asyncssh.ChannelOpenError):
+            await conn.run("true")
+        process.stdin.write_eof()
+        await process.wait()
+        conn.close()
+
+    run(main())
+    traced.over()
+    (life,) = connections(traced.file)
+    causes = [life.marks[a.cause].event for a in life.arrows if life.marks[a.effect].event == "cause.named"]  # fmt: skip
+    assert causes == ["program.reaped"]
 
 
 def test_an_event_of_a_later_version_is_drawn_all_the_same(traced: Traced, tmp_path: Path) -> None:
@@ -236,8 +441,8 @@ def test_the_page_is_explored_by_keys_mouse_and_wheel(
     assert 0 < count() < every
     lanes.send_keys("0")
     assert count() == every
-    browser.execute_script("arguments[0].dispatchEvent(new WheelEvent('wheel', {deltaY: -300, clientX: 600, bubbles: true}))", lanes)  # fmt: skip
-    assert count() <= every
+    browser.execute_script("arguments[0].dispatchEvent(new WheelEvent('wheel', {deltaY: -300, clientX: 600, bubbles: true, ctrlKey: true}))", lanes)  # fmt: skip
+    assert count() < every
     lanes.send_keys("g0")  # time to scale: the handshake is one mark
     assert len(lanes.find_elements(By.CSS_SELECTOR, ".mark")) < every
     # A click on many events goes into them; on one it tells of it.

@@ -21,9 +21,11 @@ import pytest
 
 import gosshd_py
 from gosshd_py import trace
-from gosshd_py.lifecycle import EVENTS
+from gosshd_py.lifecycle import EVENTS, Tell, Trace
+from gosshd_py.process import Descriptor
 from gosshd_py.story import line_of
 from gosshd_py.trace import Record, TraceFile, Tracer, merged, plain, spell
+from gosshd_py.wire import MAX_PACKET, WINDOW
 
 from .keys import PASSWORD, hashed
 from .serving import ROOT, Served, end_client, run, wait_for
@@ -41,7 +43,8 @@ class Traced:
         self.server = serve(trace_file=str(self.file), **settings)
 
     def records(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.file.read_text().splitlines()]
+        whole, _, _ = self.file.read_text().rpartition("\n")  # the last line may just be written
+        return [json.loads(line) for line in whole.splitlines()]
 
     def of(self, *names: str) -> list[dict[str, Any]]:
         return [record for record in self.records() if record["event"] in names]
@@ -106,7 +109,7 @@ def test_every_event_is_in_the_table_and_every_row_is_told() -> None:
     assert {event for _, event, _ in told} - set(EVENTS) <= {"banner.received"}
     assert set(EVENTS) - {event for _, event, _ in told} == own
     for module, event, facts in told:
-        known = set(EVENTS[event].facts) | {"data"}
+        known = set(EVENTS[event].facts) | {"data", "after"}
         assert facts <= known, (module, event, facts - known)
 
 
@@ -122,7 +125,8 @@ def test_the_core_tells_an_event_in_one_call() -> None:
     """And the bridge tells nothing: session.py hands its trace to the table of states, no more."""
     for module in ("session", "flow", "channel", "pty", "pipes", "process", "connection", "server"):
         source = (PACKAGE / f"{module}.py").read_text()
-        assert not re.search(r"^\s*if .*\btrace\b", source, re.MULTILINE), module
+        assert not re.search(r"^\s*(if|elif|while) .*\b_?trace\b", source, re.MULTILINE), module
+        assert ".tell" not in source, module  # who listens is asked in lifecycle.py only
     assert "trace(" not in (PACKAGE / "session.py").read_text()
 
 
@@ -162,7 +166,7 @@ def test_a_shell_on_a_terminal_from_accept_to_the_last_close(traced: Traced) -> 
     assert spawned["pid"] == spawned["pgid"] == spawned["sid"]
     assert spawned["terminal"] == facts["pty.opened"]["name"]
     assert facts["pty.resized"]["size"] == "120x40"
-    assert facts["pty.resized"]["pgid"] == spawned["pid"]
+    assert facts["pty.resized"]["foreground"] == spawned["pid"]
     assert facts["program.reaped"] == {"pid": spawned["pid"], "status": 0x300, "ended": "status 3"}
     assert facts["output.ended"]["why"] == "EIO"
     assert facts["cause.named"] == {"cause": "exited"}
@@ -305,6 +309,109 @@ def test_keys_exchanged_anew_and_forwards(serve: Serve, tmp_path: Path) -> None:
     in_order(names(records), "request.received", "listener.opened", "request.accepted")
 
 
+def test_facts_are_those_of_the_wire_and_of_the_clock(serve: Serve, tmp_path: Path) -> None:
+    """What a client has seen from its side, in the numbers and words of the trace."""
+    key = asyncssh.generate_private_key("ssh-ed25519")
+    alice = {"authorized_keys": [key.export_public_key().decode()]}
+    traced = Traced(
+        serve,
+        tmp_path,
+        accounts={"alice": alice},
+        accept_env=["LANG"],
+        max_sessions=1,
+        trace_data=64,
+    )
+    seen: dict[str, Any] = {}
+    began = time.time()
+
+    async def main() -> None:
+        conn = await traced.server.connect(username="alice", client_keys=[key])
+        process = await conn.create_process(
+            "stty -a; echo $LANG; ulimit -c unlimited; sleep 0.3; kill -SEGV $$",
+            term_type="vt100", term_size=(90, 33), env={"LANG": "C.UTF-8"}, encoding=None,
+            term_modes={asyncssh.PTY_ECHO: 0, asyncssh.PTY_VINTR: 2}, window=131072,
+        )  # fmt: skip
+        with pytest.raises(asyncssh.ChannelOpenError, match="1 sessions, which is the limit"):
+            await conn.run("true")
+        seen["output"] = await process.stdout.read()
+        await process.wait_closed()
+        seen["signal"] = process.exit_signal
+        conn.disconnect(11, "that was all")
+        await conn.wait_closed()
+
+    run(main())
+    records = traced.over()
+    assert all(began - 1 < record["time"] < time.time() + 1 for record in records)
+    facts = {record["event"]: record["facts"] for record in records}
+    at = {record["event"]: record["us"] for record in reversed(records)}
+    # Durations are those between the events round them, and no others.
+    exchange_took = at["kex.completed"] - at["kex.started"]
+    assert 0 < facts["kex.completed"]["us"] <= exchange_took + 1000
+    assert 100 < facts["program.spawned"]["us"] < at["program.spawned"] - at["pty.opened"] + 1000
+    # The key: first asked for, then signed with.
+    tries = [r["facts"] for r in records if r["event"] == "auth.started"]
+    keys = [fact for fact in tries if fact["method"] == "publickey"]
+    assert keys[-1]["signed"] is True
+    assert keys[-1]["algorithm"] == "ssh-ed25519"
+    assert keys[-1]["key"] == key.get_fingerprint()
+    assert facts["auth.completed"] == {"user": "alice", "method": "publickey"}
+    # What was asked for, decoded, and answered in order.
+    asked = [r["facts"] for r in records if r["event"] == "request.received" and r["channel"] == 0]
+    pty = next(fact for fact in asked if fact["request"] == "pty-req")
+    assert (pty["term"], pty["size"]) == ("vt100", "90x33")
+    assert pty["modes"]["ECHO"] == 0
+    assert pty["modes"]["VINTR"] == 2
+    env = next(fact for fact in asked if fact["request"] == "env")
+    assert (env["name"], env["value"]) == ("LANG", "C.UTF-8")
+    answers = [
+        r["facts"]["request"]
+        for r in records
+        if r["event"] in ("request.accepted", "request.refused") and r["channel"] == 0
+    ]
+    assert answers == [fact["request"] for fact in asked if fact["want_reply"]]
+    assert b"-echo " in seen["output"]
+    assert b"intr = ^B" in seen["output"]
+    # Bytes and windows.
+    sent = [r["facts"]["bytes"] for r in records if r["event"] == "data.sent"]
+    assert sum(sent) == len(seen["output"]) == facts["session.ended"]["bytes_out"]
+    opened = facts["channel.opened"]
+    assert (opened["window"], opened["packet"]) == (WINDOW, MAX_PACKET)
+    wanted = [r["facts"] for r in records if r["event"] == "channel.asked"]
+    assert [fact["window"] for fact in wanted] == [131072, 2 * 1024 * 1024]
+    # What was refused, and how it ended.
+    assert facts["limit.hit"] == {"limit": "max_sessions"}
+    assert facts["channel.refused"]["sender"] == wanted[1]["sender"]
+    assert seen["signal"][:2] == ("SEGV", facts["exit.sent"].get("core", False))
+    assert facts["exit.sent"]["signal"] == "SEGV"
+    assert facts["disconnect.received"] == {"code": 11, "reason": "that was all"}
+
+
+def test_a_banner_is_told_as_it_is_shown(serve: Serve, tmp_path: Path) -> None:
+    """In open mode with a name that is none, for whom the reason is no secret."""
+    traced = Traced(serve, tmp_path)
+    shown: list[str] = []
+
+    class Client(asyncssh.SSHClient):
+        def auth_banner_received(self, msg: str, lang: str) -> None:
+            shown.append(msg)
+
+    async def main() -> None:
+        with pytest.raises(asyncssh.PermissionDenied):
+            await traced.server.connect(username="no~name", client_factory=Client)
+
+    run(main())
+    traced.over()
+    told = [record["facts"]["text"] for record in traced.of("banner.sent")]
+    assert told == [text.replace("\r", "\\r").replace("\n", "\\n") for text in shown] != []
+
+
+def test_a_flood_is_told_with_all_its_bytes(traced: Traced) -> None:
+    assert len(traced.server.ssh("HOST", "head -c 30000000 /dev/zero").stdout) == 30_000_000
+    traced.over()
+    told = [record["facts"] for record in traced.of("data.sent")]
+    assert sum(fact["bytes"] for fact in told) == 30_000_000
+
+
 # -- what is typed unseen ------------------------------------------------------------------------------
 
 
@@ -324,6 +431,50 @@ def test_passwords_are_never_shown(traced: Traced) -> None:
     assert "geheim" not in text
     assert "(6 hidden) ^J LF" in text
     assert '\\"to be seen\\" ^J LF' in text
+
+
+@pytest.mark.parametrize("unseen", ["before", "behind"])
+def test_the_echo_is_asked_for_before_and_behind_the_write(unseen: str) -> None:
+    """Who asks for a password turns the echo off at one moment and on again at another."""
+    got: list[dict[str, Any]] = []
+    ours, theirs = os.pipe()
+    echo = [unseen != "before", unseen != "behind"]
+
+    async def write(tell: Tell) -> None:
+        descriptor = Descriptor(
+            theirs, lambda: os.close(theirs), Trace(tell, 1, 0), "master", echo=lambda: echo.pop(0)
+        )
+        await descriptor.write(b"geheim\r")
+        descriptor.close()
+
+    with Tracer([Kept(got)], show=64) as tracer:
+        run(write(tracer.tell))
+    assert os.read(ours, 10) == b"geheim\r"
+    os.close(ours)
+    assert [fact.get("shown") for fact in got] == ["(6 hidden) ^M CR", None]
+
+
+def test_what_a_forward_carries_is_counted_only() -> None:
+    got: list[dict[str, Any]] = []
+    with Tracer([Kept(got)], show=64) as tracer:
+        Trace(tracer.tell, 1, 0)("output.read", fd=9, what="socket", bytes=6, data=b"cookie")
+    assert got == [{"fd": 9, "what": "socket", "bytes": 6}]
+
+
+class Kept:
+    """An output that keeps the facts."""
+
+    pace = 0.0
+
+    def __init__(self, got: list[dict[str, Any]]) -> None:
+        self.got = got
+
+    def start(self) -> None: ...
+
+    def write(self, record: Record) -> None:
+        self.got.append(record.facts)
+
+    def close(self) -> None: ...
 
 
 def test_without_being_asked_for_no_data_is_shown(serve: Serve, tmp_path: Path) -> None:
@@ -353,6 +504,8 @@ def test_a_file_is_appended_to_and_outlives_rotation(tmp_path: Path) -> None:
     path = tmp_path / "t.ndjson"
     path.write_bytes(b'{"half a li')
     file, other = TraceFile(path, "1"), TraceFile(path, "1")
+    file.start()
+    other.start()
     file.write(record())
     other.write(record())
     path.rename(tmp_path / "t.1")
@@ -372,6 +525,21 @@ def test_a_file_is_appended_to_and_outlives_rotation(tmp_path: Path) -> None:
     assert path.stat().st_mode & 0o777 == 0o600
 
 
+def test_a_pipe_that_nobody_empties_keeps_no_server_from_starting(tmp_path: Path) -> None:
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    reader = os.open(path, os.O_RDWR | os.O_NONBLOCK)
+    with pytest.raises(BlockingIOError):
+        while True:
+            os.write(reader, b"x" * 65536)
+    began = time.monotonic()
+    with Tracer([TraceFile(path, "1")]) as tracer:
+        tracer.tell(1, 0, "eof.sent", {})
+        assert time.monotonic() - began < 1
+    assert time.monotonic() - began < trace.LAST_WORDS + 1
+    os.close(reader)
+
+
 def test_a_full_disk_loses_lines_and_says_how_many(tmp_path: Path) -> None:
     class Disk:
         pace = 0.0
@@ -379,6 +547,8 @@ def test_a_full_disk_loses_lines_and_says_how_many(tmp_path: Path) -> None:
         def __init__(self) -> None:
             self.full = True
             self.got: list[Record] = []
+
+        def start(self) -> None: ...
 
         def write(self, record: Record) -> None:
             if self.full:
@@ -410,6 +580,8 @@ def test_a_slow_reader_never_keeps_anybody_waiting_and_drops_are_told_in_their_p
         def write(self, record: Record) -> None:
             gate.wait()
             self.got.append(record)
+
+        def start(self) -> None: ...
 
         def close(self) -> None: ...
 
@@ -545,8 +717,29 @@ def test_a_terminal_that_takes_nothing_more_slows_nobody(tmp_path: Path) -> None
             assert time.monotonic() - began < 10
         began = time.monotonic()
         server.terminate()
-        assert server.wait(10) == 0
+        assert server.wait(10) == 0  # and not SIGABRT, as of a thread that holds a stream's lock
         assert time.monotonic() - began < 5
+    finally:
+        server.kill()
+        server.communicate()
+
+
+def test_a_terminal_without_our_letters_gets_others(tmp_path: Path) -> None:
+    """PYTHONIOENCODING=latin-1, a pipe: what cannot be encoded must not end the story."""
+    env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHONIOENCODING": "latin-1"}
+    argv = [sys.executable, "-m", "gosshd_py", "--listen", "127.0.0.1:0", "--trace", "--trace-data", "80", "--hostkeys", f"{tmp_path}/k"]  # fmt: skip
+    server = subprocess.Popen(argv, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)  # fmt: skip
+    try:
+        port = server.stdout.readline().decode("latin-1").strip().rpartition(":")[2]
+        ssh = ["ssh", "-F", "none", "-p", port, "-o", "StrictHostKeyChecking=no"]
+        ssh += ["-o", f"UserKnownHostsFile={tmp_path}/known", "-o", "LogLevel=ERROR", "u@localhost"]
+        done = subprocess.run([*ssh, "echo 世 größe"], timeout=20, stdin=subprocess.DEVNULL)
+        assert done.returncode == 0
+        server.terminate()
+        told = server.communicate(timeout=10)[0].decode("latin-1")
+        assert server.returncode == 0
+        assert "größe" in told
+        assert "tcp.closed" in told
     finally:
         server.kill()
         server.communicate()

@@ -30,6 +30,7 @@ async def serve(folder: Path, name: str) -> None:
         trace_file=str(folder / "trace.ndjson"),
         trace_data=48,
         max_penalty=0,
+        hangup_grace=0.5,
     )
     ended = asyncio.StreamReader()
     protocol = asyncio.StreamReaderProtocol(ended)

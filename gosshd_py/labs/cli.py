@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
+import signal
 import sys
 import textwrap
 import threading
@@ -21,7 +22,7 @@ from rich.text import Text
 
 from ..story import Story
 from ..timeline.follow import Tail
-from ..timeline.model import read_events
+from ..timeline.model import Read
 from ..trace import Record
 from .compare import side_by_side
 from .exercises import EXERCISES, Exercise
@@ -29,7 +30,7 @@ from .lab import Lab, LabError, lab
 
 console = Console(highlight=False)
 
-MAX_CODE = 40
+MAX_CODE = 25
 """Lines of code that are shown of each side."""
 
 
@@ -46,6 +47,8 @@ def labs(name: str | None, check: bool) -> None:  # fmt: skip
     Without an EXERCISE: list them. The broken server is a process of its own, on a free port of
     loopback, and ends with the exercise. With --check, and no EXERCISE: all of them.
     """
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as ^C does: what is begun is cleared away
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     if name is not None and name not in EXERCISES:
         raise click.UsageError(f"there is no exercise {name}; there are {', '.join(EXERCISES)}")
     try:
@@ -90,6 +93,10 @@ def _guide(exercise: Exercise) -> None:
             console.print("The trace follows; Enter goes on, ^C ends.\n", style="dim")
             with _told(running):
                 input()
+            if (status := running.ended()) is not None:
+                raise LabError(
+                    f"the server of the exercise has ended before, with {status}; try again"
+                )
             traces.append(running.records())
     _show(exercise, traces[1], traces[0])
 
@@ -104,10 +111,10 @@ def _told(running: Lab) -> Iterator[None]:
     def tell() -> None:
         while True:
             last = over.is_set()
-            for event in read_events(list(tail.lines()), "trace", begun=True):
-                if event["connection"]:
-                    keys = ("us", "time", "connection", "channel", "event", "facts")
-                    story.write(Record(*(event[key] for key in keys)))
+            for it in Read(tail.lines()):
+                if it.connection:
+                    record = Record(it.us, it.time, it.connection, it.channel, it.event, it.facts)
+                    story.write(record)
             if last:
                 return
             time.sleep(0.1)

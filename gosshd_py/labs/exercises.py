@@ -11,7 +11,7 @@ from typing import Any
 
 from ..channel import Channel
 from ..flow import Flow
-from ..process import Child, Descriptor, spawn
+from ..process import Child, Descriptor, launcher
 from ..pty import PtyProgram
 from ..session import _drained
 from . import faults
@@ -124,7 +124,7 @@ EXERCISES = {
             "leaked-master",
             "A shell ends with its client.",
             "A shell on a terminal is told of its client's end by the kernel: when the last descriptor of the master "
-            "is closed, the terminal hangs up, and the session gets SIGHUP. A server that keeps the master open, if "
+            "is closed, the terminal hangs up, and the leader of the session and what runs in the foreground get SIGHUP. A server that keeps the master open, if "
             "only by forgetting it, keeps the shell, its terminal and a descriptor for ever.",
             ("{ssh} -tt lab 'echo $$; exec sleep 1000'     # then kill it by ~.", "ps -o pid,stat,tty,args -C sleep"),
             "The client has gone, and its program still runs; each such session costs a pty and a descriptor.",
@@ -143,9 +143,9 @@ EXERCISES = {
             "'cannot set terminal process group', and ^C is just a character.",
             ("{ssh} -t lab", "echo hello > /dev/tty     # in it, and then: sleep 100, and ^C"),
             "No such device or address; ^C interrupts nothing.",
-            "foreground is the program's process group in the right trace, and 0 in the wrong one: there is nobody "
-            "whom the kernel could send SIGINT or SIGWINCH.",
-            spawn,
+            "While the program runs, foreground is its process group in the right trace, and 0 in the wrong one: there "
+            "is nobody whom the kernel could send SIGINT or SIGWINCH. (When the program has ended, it is 0 in both.)",
+            launcher,
             faults.without_terminal,
             _no_controlling_tty,
             lambda seen: seen == "to my terminal",
@@ -182,7 +182,7 @@ EXERCISES = {
             "A program that does not read keeps nobody else waiting.",
             "A pipe holds 64 KiB, a terminal 4. When it is full, write(2) waits until the program reads; on an event "
             "loop everybody waits with it. A large paste into a program that is busy stops the whole classroom.",
-            ("head -c 1000000 /dev/zero | {ssh} lab 'sleep 9; cat > /dev/null' &", "time {ssh} lab true"),
+            ("head -c 1000000 /dev/zero | {ssh} lab 'sleep 9; cat > /dev/null' &", "sleep 2; time {ssh} lab true"),
             "The second command takes as long as the first program sleeps.",
             "In the right trace input.paused tells that the program does not read, and events of other connections "
             "go on; in the wrong one nothing at all happens anywhere, until it reads.",

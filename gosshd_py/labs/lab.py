@@ -18,6 +18,9 @@ from typing import Any
 READY = 20.0
 """Seconds for a server to be ready."""
 
+END = 3.0
+"""Seconds for a server to end by itself."""
+
 PATIENCE = 15.0
 """Seconds for a client to end."""
 
@@ -34,6 +37,8 @@ class Lab:
     def __init__(self, folder: Path, process: subprocess.Popen[bytes]) -> None:
         self.folder = folder
         self.pid = process.pid
+        self.ended = process.poll
+        """The server's exit status, None while it runs."""
 
     def ssh(self, *options: str) -> list[str]:
         """The client's command line up to the host, which is called lab."""
@@ -97,7 +102,9 @@ def lab(fault: str = "") -> Iterator[Lab]:
     with tempfile.TemporaryDirectory(prefix="gosshd-lab-") as name:
         folder = Path(name)
         argv = [sys.executable, "-m", "gosshd_py.labs.child", name, fault]
-        with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        with subprocess.Popen(
+            argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+        ) as process:
             try:
                 assert process.stdout is not None  # noqa: S101
                 ready, _, _ = select.select([process.stdout], [], [], READY)
@@ -110,4 +117,9 @@ def lab(fault: str = "") -> Iterator[Lab]:
                 (folder / "config").write_text(text)
                 yield Lab(folder, process)
             finally:
-                process.kill()
+                assert process.stdin is not None  # noqa: S101
+                process.stdin.close()  # it ends its sessions, if its fault lets it
+                try:
+                    process.wait(END)
+                except subprocess.TimeoutExpired:
+                    process.kill()

@@ -4,8 +4,8 @@ The model is made once, in model.py; page.js and svg.py draw it.
 """
 
 from .follow import Server, Watcher
-from .model import Connection, Model, TraceError, read_events
+from .model import Connection, Model, Read
 from .page import page
 from .svg import svg
 
-__all__ = ["Connection", "Model", "Server", "TraceError", "Watcher", "page", "read_events", "svg"]
+__all__ = ["Connection", "Model", "Read", "Server", "Watcher", "page", "svg"]

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import click
 
+from .. import logs
 from .follow import Server, Watcher
-from .model import Connection, Model, TraceError, read_events
+from .model import Connection, Model, Read
 from .page import page
 from .svg import svg
 
@@ -57,7 +58,7 @@ def timeline(
             raise click.UsageError("--follow serves a page and writes none; leave -o and --svg out")
         _follow(Path(file), connection, port)
         return
-    connections, dropped = _read(file, connection)
+    connections, dropped, bad = _read(file, connection)
     if as_svg:
         text = svg(connections[-1])
     else:
@@ -68,26 +69,30 @@ def timeline(
     target = Path(output or Path(file).with_suffix(".svg" if as_svg else ".html"))
     target.write_text(text, encoding="utf-8")
     count = f"{len(connections)} connections" if len(connections) > 1 else connections[0].label
-    click.echo(f"{target}: {connections[-1].label if as_svg else count}", err=True)
+    click.echo(f"{target}: {logs.escape(connections[-1].label if as_svg else count)}", err=True)
+    if bad:
+        click.echo(f"{file}: {bad} lines are no events and are left out", err=True)
 
 
-def _read(file: str, only: int | None) -> tuple[list[Connection], int]:
+def _read(file: str, only: int | None) -> tuple[list[Connection], int, int]:
+    """The connections, how many events were dropped, and how many lines are no events."""
     model = Model()
     try:
         with Path(file).open(encoding="utf-8", errors="replace") as lines:
-            for event in read_events(lines, file):
+            events = Read(lines)
+            for event in events:
                 model.feed(event)
-    except TraceError as exc:
-        raise click.ClickException(str(exc)) from exc
     except OSError as exc:
         raise click.ClickException(f"{file}: {exc.strerror}") from exc
-    keys = [key for key, events in model.events.items() if only in (None, events[0]["connection"])]
+    if events.bad and not events.good:
+        raise click.ClickException(f"{file}: is no trace; name a file of --trace-file")
+    keys = [key for key, found in model.events.items() if only in (None, found[0].connection)]
     if not keys:
-        numbers = sorted({events[0]["connection"] for events in model.events.values()})
+        numbers = sorted({found[0].connection for found in model.events.values()})
         known = f"; it has #{numbers[0]} to #{numbers[-1]}" if numbers else ""
         what = f"no connection #{only}" if only else "no connection"
         raise click.ClickException(f"{file}: there is {what} in this trace{known}")
-    return [model.connection(key) for key in keys], model.dropped
+    return [model.connection(key) for key in keys], model.dropped, events.bad
 
 
 def _follow(path: Path, only: int | None, port: int) -> None:

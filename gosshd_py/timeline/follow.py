@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import http.server
 import os
+import re
 import secrets
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from .model import Model, read_events
+from .model import Model, Read
 from .page import as_json, drawn, page
 
 LOOK = 0.2
@@ -24,6 +26,10 @@ LOOK = 0.2
 
 ALIVE = 15.0
 """Seconds of silence after which a comment is sent, so that a reader that has gone is noticed."""
+
+
+SHARE = 10
+"""For so many times as long as it has taken to tell the news, none is told."""
 
 
 class Tail:
@@ -92,9 +98,9 @@ class Watcher(threading.Thread):
             return
         with self._news:
             self._version += 1
-            for event in read_events(lines, str(self._path), begun=True):
+            for event in Read(lines):
                 key = self._model.feed(event)
-                if key is not None and self._only in (None, event["connection"]):
+                if key is not None and self._only in (None, event.connection):
                     self._changed[key] = self._version
             self._news.notify_all()
 
@@ -118,6 +124,11 @@ class Server(http.server.ThreadingHTTPServer):
         self.watcher = watcher
         self.title = title
         self.secret = secrets.token_urlsafe(16)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Only for mistakes of ours: readers may go as they like."""
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(request, client_address)
 
     @property
     def url(self) -> str:
@@ -160,7 +171,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _news(self, query: str) -> None:
         """Server-sent events (HTML §9.2): each tells all connections that have changed."""
         asked = self.headers.get("Last-Event-ID") or query
-        version = int(asked) if asked.isascii() and asked.isdigit() else -1
+        version = int(asked) if re.fullmatch("[0-9]{1,15}", asked, re.ASCII) else -1
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Cache-Control", "no-store")
@@ -168,12 +179,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         while True:
             latest, connections, dropped = self.server.watcher.since(version, ALIVE)
+            began = time.monotonic()
             news = {"connections": [drawn(found) for found in connections], "dropped": dropped}
             text = f"id: {latest}\ndata: {as_json(news)}\n\n" if latest > version else ": alive\n\n"
             self.wfile.write(text.encode())
             self.wfile.flush()
             version = latest
-            time.sleep(LOOK)
+            # A connection is told whole, and a long one takes its time: most of it is others'.
+            time.sleep(max(LOOK, SHARE * (time.monotonic() - began)))
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002  # its name there
         """Say nothing: who serves the page sees it in the browser."""

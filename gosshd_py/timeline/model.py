@@ -6,41 +6,60 @@ first event.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta, Struct
 
 from ..lifecycle import EVENTS, Meaning
 
-Event = dict[str, Any]
-"""A line of a trace: us, time, pid, connection, channel, event, facts."""
+Micros = Annotated[int, Meta(ge=0, le=2**53)]
+Number = Annotated[int, Meta(ge=0, le=2**32)]
+
+
+Scalar = str | int | float | bool | None
+Facts = dict[str, str | int | float | bool | list[Scalar] | dict[str, Scalar] | None]
+
+
+class Event(Struct, frozen=True):
+    """A line of a trace."""
+
+    us: Micros
+    time: float
+    pid: Number
+    connection: Number
+    channel: Number | None
+    event: str
+    facts: Facts
+
 
 UNKNOWN = Meaning("trace", (), "This version does not know this event.", "")
 
-
-class TraceError(Exception):
-    """A file is no trace; the text says where and why."""
+_DECODER = msgspec.json.Decoder(Event)
 
 
-def read_events(lines: Iterable[str], name: str, *, begun: bool = False) -> Iterator[Event]:
-    """The events in a trace. A line that is cut off is left out; one of another kind: TraceError.
+@dataclass
+class Read:
+    """The events in the lines of a trace; what is none is left out and counted."""
 
-    begun: more lines of a file of which some were good.
-    """
-    for number, line in enumerate(lines, 1):
-        try:
-            event = json.loads(line)
-        except ValueError:
-            if number == 1 and not begun and not line.lstrip().startswith("{"):
-                raise TraceError(f"{name}: is no trace; name a file of --trace-file") from None
-            continue  # a disk was full, or the server is just writing
-        if not isinstance(event, dict) or not event.keys() >= _FIELDS:
-            raise TraceError(f"{name}:{number}: is no line of a trace; name a file of --trace-file")
-        yield event
+    lines: Iterable[str]
+    good: int = 0
+    bad: int = 0
+    """Lines cut off by a full disk or a killed server, still being written, or of something else."""
 
-
-_FIELDS = {"us", "time", "pid", "connection", "channel", "event", "facts"}
+    def __iter__(self) -> Iterator[Event]:
+        for line in self.lines:
+            if not line.strip():
+                continue
+            try:
+                event = _DECODER.decode(line)
+            except (msgspec.MsgspecError, UnicodeError, RecursionError):
+                self.bad += 1
+            else:
+                self.good += 1
+                yield event
 
 
 @dataclass
@@ -114,19 +133,21 @@ class Model:
         self.events: dict[str, list[Event]] = {}
         self.dropped = 0
         """Events that were not written, for want of room or of time."""
-        self._runs: dict[int, int] = {}
-        """How often a pid has begun to write: the kernel gives a number again."""
+        self._runs: dict[int, tuple[int, object]] = {}
+        """How many servers have had a pid, since the kernel gives a number again, and when the last began."""
 
     def feed(self, event: Event) -> str | None:
         """Take one event. Returns the key of the connection that it belongs to, or None."""
-        pid = event["pid"]
-        if event["event"] == "trace.started":
-            self._runs[pid] = self._runs.get(pid, 0) + 1
-        elif event["event"] == "trace.dropped":
-            self.dropped += event["facts"].get("events", 0)
-        if not event["connection"]:
+        count, began = self._runs.get(event.pid, (1, None))
+        if event.event == "trace.started" and event.facts.get("began") != began:
+            self._runs[event.pid] = (count + (began is not None), event.facts.get("began"))
+        elif event.event == "trace.dropped" and isinstance(
+            number := event.facts.get("events"), int
+        ):
+            self.dropped += number
+        if not event.connection:
             return None
-        key = f"{pid}.{self._runs.get(pid, 1)}.{event['connection']}"
+        key = f"{event.pid}.{self._runs.get(event.pid, (1,))[0]}.{event.connection}"
         self.events.setdefault(key, []).append(event)
         return key
 
@@ -143,22 +164,27 @@ class _Builder:
 
     def __init__(self, key: str, events: list[Event]) -> None:
         self._events = events
-        self._base = events[0]["us"]
-        self._result = Connection(key, events[0]["connection"], events[0]["time"])
+        self._base = events[0].us
+        self._result = Connection(key, events[0].connection, events[0].time)
         self._lanes: dict[tuple[str, int | None], int] = {}
         self._going_on: dict[tuple[object, ...], Bar] = {}
         self._last: dict[tuple[str, int | None], int] = {}
         """The latest mark of each event, by channel."""
+        self._asked: dict[tuple[str, str], int] = {}
+        """The marks of channels that are asked for, by who asks, and by his number for them."""
+        self._closed = False
 
     def build(self) -> Connection:
         for event in self._events:
             self._take(event)
+        self._result.open = not self._closed or bool(self._going_on)
         self._result.label = self._label()
+        self._leave_out_what_is_empty()
         return self._result
 
     def _take(self, event: Event) -> None:
-        name, channel, facts = event["event"], event["channel"], event["facts"]
-        us = event["us"] - self._base
+        name, channel, facts = event.event, event.channel, event.facts
+        us = max(event.us - self._base, 0)
         meaning = EVENTS.get(name, UNKNOWN)
         of_connection, of_channel = meaning.lane in _OF_CONNECTION, meaning.lane in _OF_CHANNEL
         if channel is None:
@@ -167,7 +193,7 @@ class _Builder:
             kind = meaning.lane if of_channel or meaning.lane == "tcp" else "channel"
         number = len(self._result.marks)
         lane = self._lane(kind, channel if kind in _OF_CHANNEL else None, name)
-        self._result.marks.append(Mark(us, lane, name, facts, event["time"]))
+        self._result.marks.append(Mark(us, lane, name, facts, event.time))
         for change in _CHANGES.get(name, ()):
             change(self, us, lane, channel, facts)
         self._arrows(number, name, channel, facts)
@@ -179,9 +205,17 @@ class _Builder:
                 self._lanes[known, channel] = len(self._result.lanes)
                 self._result.lanes.append(Lane(name.format(channel), known, channel))
         lane = self._lanes[kind, channel]
-        if event == "pipes.opened":
-            self._result.lanes[lane].name = f"pipes {channel}"
+        if event in _NAMES and channel is not None:
+            self._result.lanes[self._lanes["pty", channel]].name = f"{_NAMES[event]} {channel}"
         return lane
+
+    def _leave_out_what_is_empty(self) -> None:
+        """A forward has no process, and a refused channel has nothing."""
+        used = sorted({mark.lane for mark in self._result.marks})
+        place = {lane: number for number, lane in enumerate(used)}
+        self._result.lanes = [self._result.lanes[lane] for lane in used]
+        for mark in self._result.marks:
+            mark.lane = place[mark.lane]
 
     def _label(self) -> str:
         facts = {mark.event: mark.facts for mark in reversed(self._result.marks)}
@@ -209,37 +243,58 @@ class _Builder:
         if (bar := self._going_on.pop(key, None)) is not None:
             bar.end = us
 
-    def end_all(self, us: int) -> None:
-        """The connection has ended, and all that is left with it."""
-        for key in list(self._going_on):
-            self.end(us, key)
-        self._result.open = False
+    def close(self, us: int) -> None:
+        """TCP is closed: programs may live on, but nothing else waits for a client any more."""
+        for key, bar in list(self._going_on.items()):
+            if key[1] is None or bar.state in ("opened", "waiting"):
+                self.end(us, key)
+        self._closed = True
 
     # -- arrows -------------------------------------------------------------------------------
 
     def _arrows(self, number: int, name: str, channel: int | None, facts: dict[str, Any]) -> None:
-        rule = _CAUSES.get(name)
-        if rule is None or (name == "fd.closed" and facts.get("what") not in ("stdin", "master")):
-            return
+        if name == "channel.asked":
+            self._asked[str(facts.get("by")), str(facts.get("sender"))] = number
+        elif name in ("channel.opened", "channel.refused"):
+            cause = self._request_for(name, channel, facts)
+        else:
+            cause = self._latest_cause(name, channel, facts)
+        if name != "channel.asked" and cause is not None:
+            kind = "data" if name in ("input.written", "data.sent") else "cause"
+            self._result.arrows.append(Arrow(cause, number, kind))
+
+    def _request_for(self, name: str, channel: int | None, facts: dict[str, Any]) -> int | None:
+        """Each side numbers the channels that it asks for, so a number can stand for two of them."""
+        if name == "channel.refused":
+            return self._asked.pop((str(facts.get("by")), str(facts.get("sender"))), None)
+        keys = [("client", str(facts.get("theirs"))), ("server", str(channel))]
+        return self._asked.pop(max(keys, key=lambda key: self._asked.get(key, -1)), None)
+
+    def _latest_cause(self, name: str, channel: int | None, facts: dict[str, Any]) -> int | None:
+        if name == "fd.closed" and facts.get("what") not in ("stdin", "master"):
+            return None
         if name == "program.reaped" and ("cause.named", channel) not in self._last:
-            return  # it ended by itself
+            return None  # it ended by itself
+        causes = _CAUSES.get(name, ())
+        if name == "cause.named":
+            causes = _BEHIND.get(str(facts.get("cause")), ())
         found = [
             self._last[cause, of]
-            for cause in rule
+            for cause in causes
             for of in ((channel, None) if channel is not None else (None,))
             if (cause, of) in self._last
         ]
-        if found:
-            kind = "data" if name in ("input.written", "data.sent") else "cause"
-            self._result.arrows.append(Arrow(max(found), number, kind))
+        return max(found, default=None)
 
 
 def _what(facts: dict[str, Any]) -> str:
-    return str(facts.get("command") or facts.get("name") or facts["request"])
+    return str(facts.get("command") or facts.get("name") or facts.get("request"))
 
 
 _OF_CONNECTION = {"tcp": "TCP", "ssh": "SSH"}
 _OF_CHANNEL = {"channel": "channel {}", "pty": "pty {}", "process": "process {}"}
+_NAMES = {"pipes.opened": "pipes", "forward.started": "socket"}
+"""What a channel has in place of a pty."""
 
 Change = Callable[[_Builder, int, int, int | None, dict[str, Any]], None]
 
@@ -271,7 +326,7 @@ def _state(to: _Builder, us: int, lane: int, channel: int | None, facts: dict[st
 
 
 def _fd(to: _Builder, us: int, lane: int, channel: int | None, facts: dict[str, Any]) -> None:
-    to.end(us, (facts.get("what"), channel))
+    to.end(us, (str(facts.get("what")), channel))
 
 
 def _pipes(to: _Builder, us: int, lane: int, channel: int | None, facts: dict[str, Any]) -> None:
@@ -279,17 +334,17 @@ def _pipes(to: _Builder, us: int, lane: int, channel: int | None, facts: dict[st
         to.begin(us, lane, (name, channel), f"{name}, fd {facts.get(name)}", "descriptor", row)
 
 
-def _all(to: _Builder, us: int, lane: int, channel: int | None, facts: dict[str, Any]) -> None:
-    to.end_all(us)
+def _closed(to: _Builder, us: int, lane: int, channel: int | None, facts: dict[str, Any]) -> None:
+    to.close(us)
 
 
 _CHANGES: dict[str, tuple[Change, ...]] = {
     "tcp.accepted": (_begins("tcp", "connected, fd {fd}", "open"),),
     "tcp.paused": (_begins("tcp-waits", "full", "waiting", 1),),
     "tcp.resumed": (_ends("tcp-waits"),),
-    "tcp.closed": (_all,),
-    "version.sent": (_begins("ssh", "identification", "handshake"),),
-    "kex.started": (_begins("kex", "key exchange", "kex"), _ends("ssh")),
+    "tcp.closed": (_closed,),
+    "version.sent": (_begins("identification", "identification", "handshake"),),
+    "kex.started": (_begins("kex", "key exchange", "kex", 1), _ends("identification")),
     "kex.completed": (_ends("kex"),),
     "auth.started": (_begins("ssh", "authentication", "auth"),),
     "auth.completed": (_begins("ssh", "logged in as {user}", "open"),),
@@ -317,8 +372,6 @@ _CAUSES: dict[str, tuple[str, ...]] = {
     "kex.completed": ("kex.started",),
     "auth.rejected": ("auth.started",),
     "auth.completed": ("auth.started",),
-    "channel.opened": ("channel.asked",),
-    "channel.refused": ("channel.asked",),
     "pty.opened": ("request.received",),
     "pipes.opened": ("request.received",),
     "program.spawned": ("pty.opened", "pipes.opened"),
@@ -330,7 +383,6 @@ _CAUSES: dict[str, tuple[str, ...]] = {
     "window.resumed": ("window.received",),
     "veof.typed": ("eof.received",),
     "fd.closed": ("eof.received", "cause.named"),
-    "cause.named": ("program.reaped", "close.received", "disconnect.received", "limit.hit"),
     "program.reaped": ("fd.closed", "signal.sent"),
     "eof.sent": ("output.ended",),
     "exit.sent": ("program.reaped",),
@@ -339,3 +391,13 @@ _CAUSES: dict[str, tuple[str, ...]] = {
     "tcp.closed": ("disconnect.received", "disconnect.sent"),
 }
 """Effect → what can be its cause: the latest of these, on the same channel or on the connection."""
+
+_BEHIND = {
+    "exited": ("program.reaped",),
+    "signalled": ("program.reaped",),
+    "client closed": ("close.received", "disconnect.received"),
+    "connection lost": ("tcp.closed",),
+    "idle": ("limit.hit",),
+    "time limit": ("limit.hit",),
+}
+"""The same for what a session names as the cause of its end."""

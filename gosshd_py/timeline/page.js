@@ -70,9 +70,11 @@
     const top = tops(), total = top[top.length - 1], right = width();
     lanes.setAttribute("height", total + 4);
     lanes.setAttribute("viewBox", `0 0 ${right} ${total + 4}`);
+    seen = band(), drawnAt = scrollY;
     const back = node("g", {}), bars = node("g", {}), arrows = node("g", {}), marks = node("g", {}), words = node("g", {});
     current.lanes.forEach((lane, number) => {
       const y = top[number], height = top[number + 1] - y - GAP;
+      if (!inBand(top, number)) return;
       if (number % 2 === 0) back.append(node("rect", {class: "stripe", x: 0, y: y - 3, width: right, height: height + 6}));
       words.append(node("text", {class: "lane", x: 8, y: y + 14}, lane.name));
       for (const bar of lane.bars) drawBar(bars, bar, y);
@@ -89,6 +91,16 @@
     }
     lanes.replaceChildren(defs, back, bars, arrows, words, marks);
   }
+
+  // Of a thousand lanes only those near the window are drawn, and drawn anew when it moves.
+  let seen = [0, Infinity], drawnAt = 0, printing = false;
+  function band() {
+    if (printing) return [0, Infinity];
+    const above = -lanes.getBoundingClientRect().top;
+    return [above - innerHeight, above + 2 * innerHeight];
+  }
+  const inBand = (top, lane) => top[lane + 1] >= seen[0] && top[lane] <= seen[1];
+  addEventListener("scroll", () => { if (Math.abs(scrollY - drawnAt) > innerHeight / 2) draw(); }, {passive: true});
 
   function drawBar(into, [begin, end, label, state, row], y) {
     const from = Math.max(x(begin), LABEL), to = Math.min(end === null ? x(current.end) + 14 : x(end), width());
@@ -124,12 +136,13 @@
     const latest = new Map(); // of each lane: [x, node, numbers]
     current.marks.forEach(([us, lane, event], number) => {
       const position = x(us);
-      if (position < LABEL - 4 || position > width() + 4) return;
+      if (position < LABEL - 4 || position > width() + 4 || !inBand(top, lane)) return;
       const before = latest.get(lane);
       if (before && position - before.x < NEAR && number !== chosen && !before.numbers.includes(chosen)) {
         before.numbers.push(number); shown.set(number, before); return;
       }
       const group = {x: position, y: markY(top, lane), lane, numbers: [number], event};
+      if (before) before.next = position;
       latest.set(lane, group); shown.set(number, group);
     });
     for (const group of new Set(shown.values())) {
@@ -142,19 +155,25 @@
       mark.append(node("title", {}, many ? `${numbers.length} events, from ${event}` : event));
       into.append(mark);
       if (many) into.append(node("text", {class: "many", x: cx + 1, y: cy + 14}, numbers.length));
+      else if ((group.next || width()) - cx > event.length * 5.6 + 16) into.append(node("text", {class: "name", x: cx + 7, y: cy + 3.5}, event));
     }
   }
 
   function drawArrows(into) {
-    let drawn = 0;
-    for (const [cause, effect, kind] of current.arrows) {
+    const MOST = 400; // of each kind, in view; of more, some all along
+    const mine = ([cause, effect]) => cause === chosen || effect === chosen;
+    const long = ([cause, effect]) => {
       const from = shown.get(cause), to = shown.get(effect);
-      const mine = cause === chosen || effect === chosen;
-      if (!from || !to || from === to || (!mine && (drawn > 400 || Math.abs(from.x - to.x) + Math.abs(from.y - to.y) < 12))) continue;
-      drawn++;
+      return from && to && from !== to && (cause === chosen || effect === chosen || Math.abs(from.x - to.x) + Math.abs(from.y - to.y) >= 12);
+    };
+    const counts = {};
+    for (const arrow of current.arrows.filter(long)) (counts[arrow[2]] ||= []).push(arrow);
+    const some = Object.values(counts).flatMap((all) => all.filter((arrow, number) => mine(arrow) || number % Math.ceil(all.length / MOST) === 0));
+    for (const [cause, effect, kind] of some) {
+      const from = shown.get(cause), to = shown.get(effect), isMine = mine([cause, effect]);
       const bend = Math.max(14, Math.min(60, Math.abs(to.x - from.x) / 2));
       const path = `M${from.x} ${from.y}C${from.x + bend} ${from.y} ${to.x - bend} ${to.y} ${to.x} ${to.y}`;
-      into.append(node("path", {class: `arrow ${kind} ${mine ? "chosen" : ""}`, d: path, "marker-end": `url(#head${mine ? "chosen" : ""})`}));
+      into.append(node("path", {class: `arrow ${kind} ${isMine ? "chosen" : ""}`, d: path, "marker-end": `url(#head${isMine ? "chosen" : ""})`}));
     }
   }
 
@@ -193,6 +212,13 @@
     }
     details.replaceChildren(...rows);
     draw();
+    if (!inView(number)) { seen = [0, Infinity]; scrollTo({top: scrollY + lanes.getBoundingClientRect().top + markY(tops(), lane) - innerHeight / 3}); draw(); }
+  }
+
+  function inView(number) {
+    const y = lanes.getBoundingClientRect().top + markY(tops(), current.marks[number][1]);
+    const below = matchMedia("(max-width: 800px)").matches ? innerHeight * 0.55 : innerHeight; // the details lie there
+    return y > 0 && y < below - 10;
   }
 
   const ROWS = 1000;
@@ -221,7 +247,11 @@
     const begin = Math.min(Math.max(view[0], -slack), axis.end - span + slack);
     view = [begin, begin + span];
   }
-  function zoom(factor, pixel = (width() + LABEL) / 2) {
+  function middle() { // of the picture, or where the chosen event is: that shall stay in view
+    const at = chosen < 0 ? -1 : x(current.marks[chosen][0]);
+    return at >= LABEL && at <= width() ? at : (width() + LABEL) / 2;
+  }
+  function zoom(factor, pixel = middle()) {
     const share = (pixel - LABEL) / (width() - LABEL - 14), at = view[0] + (view[1] - view[0]) * share;
     const span = (view[1] - view[0]) * factor;
     view = [at - span * share, at + span * (1 - share)];
@@ -258,6 +288,7 @@
     if (keys[event.key] && current && !event.ctrlKey && !event.metaKey) { keys[event.key](); event.preventDefault(); }
   });
   lanes.addEventListener("wheel", (event) => {
+    if (!event.ctrlKey && !event.shiftKey && !event.deltaX && document.documentElement.scrollHeight > innerHeight + 40) return; // scroll
     event.preventDefault();
     if (event.shiftKey || Math.abs(event.deltaX) > Math.abs(event.deltaY)) pan(-(event.deltaX || event.deltaY));
     else zoom(event.deltaY > 0 ? 1.25 : 0.8, event.clientX - lanes.getBoundingClientRect().left);
@@ -299,6 +330,7 @@
     axis = new Axis(current, byId("squeeze").checked);
     if (!keep) { chosen = -1; view = [0, axis.end]; } else if (atEnd) view = [Math.min(view[0], axis.end - 1), axis.end];
     choice.value = key;
+    byId("name").textContent = current.label;
     draw(); fillList();
   }
   function take(connection) {
@@ -320,11 +352,13 @@
   byId("fit").addEventListener("click", fit);
   byId("list").addEventListener("toggle", () => fillList());
   addEventListener("resize", draw);
-  addEventListener("beforeprint", () => { byId("list").open = true; fillList(2000); });
+  addEventListener("beforeprint", () => { printing = true; draw(); byId("list").open = true; fillList(2000); });
+  addEventListener("afterprint", () => { printing = false; draw(); });
   for (const [name, words] of [["open", "open"], ["handshake", "handshake"], ["running", "running"], ["draining", "input or program ended"], ["closing", "hanging up, closing"], ["descriptor", "a descriptor"], ["waiting", "somebody has to wait"]]) {
     const entry = html("span"), box = html("i", "", {style: `background: var(--${{draining: "ended", closing: "leaving"}[name] || name})`});
     entry.append(box, words); byId("legend").append(entry);
   }
+  for (const words of ["● an event", "■ several at nearly the same time: as many as below; click to see them apart", "→ cause and effect", "⇢ (dashed) data on its way"]) byId("legend").append(html("span", words));
 
   data.connections.forEach(take);
   note(data.dropped);

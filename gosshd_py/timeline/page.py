@@ -39,7 +39,7 @@ def _part(name: str) -> str:
 
 def as_json(value: Any) -> str:
     """JSON that may stand in a script element: nothing in it ends that element (HTML §4.12.1.3)."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c")
 
 

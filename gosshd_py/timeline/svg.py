@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from xml.sax.saxutils import escape, quoteattr
 
+from .. import logs
 from .model import Bar, Connection
 
 WIDTH = 1600
@@ -79,7 +80,7 @@ def svg(connection: Connection) -> str:
     return "\n".join([
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y}" width="{WIDTH}" height="{y}"'
         ' font-family="system-ui, sans-serif" font-size="12">',
-        f"<title>{escape(connection.label)}</title>",
+        f"<title>{_xml(connection.label)}</title>",
         f'<rect width="{WIDTH}" height="{y}" fill="#fff"/>',
         _text(8, 16, head),
         *parts,
@@ -87,8 +88,13 @@ def svg(connection: Connection) -> str:
     ])  # fmt: skip
 
 
+def _xml(text: str) -> str:
+    """Text, with nothing in it that XML has no place for (XML 1.0 §2.2)."""
+    return escape(logs.escape(text))
+
+
 def _text(x: float, y: float, text: str, weight: str = "400", size: float = 12) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" font-weight="{weight}" font-size="{size}">{escape(text)}</text>'
+    return f'<text x="{x:.1f}" y="{y:.1f}" font-weight="{weight}" font-size="{size}">{_xml(text)}</text>'
 
 
 def _bar(bar: Bar, axis: Axis, top: int, end: int) -> str:
@@ -102,7 +108,7 @@ def _bar(bar: Bar, axis: Axis, top: int, end: int) -> str:
     )
     return (
         f'<rect x="{left:.1f}" y="{y}" width="{width:.1f}" height="{ROW - 5}" rx="2" stroke="#ccc"'
-        f" fill={quoteattr(COLORS.get(bar.state, '#eee'))}><title>{escape(bar.label)}</title></rect>"
+        f" fill={quoteattr(COLORS.get(bar.state, '#eee'))}><title>{_xml(bar.label)}</title></rect>"
     ) + (_text(left + 4, y + 13, label) if room > 2 else "")
 
 
@@ -122,7 +128,7 @@ def _names(connection: Connection, axis: Axis, tops: list[int]) -> Iterator[str]
     free: dict[tuple[int, int], float] = {}
     for mark in connection.marks:
         x, base = axis.x(mark.us), tops[mark.lane] + connection.lanes[mark.lane].rows * ROW + 2
-        yield f'<circle cx="{x:.1f}" cy="{base}" r="2.6" fill="#1b1f24"><title>{escape(mark.event)}</title></circle>'
+        yield f'<circle cx="{x:.1f}" cy="{base}" r="2.6" fill="#1b1f24"><title>{_xml(mark.event)}</title></circle>'
         if mark.event.startswith(FLOOD):
             continue
         for row in range(NAMES):
