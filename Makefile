@@ -1,4 +1,4 @@
-# make run · make test · make lint · make soak · make fuzz · make test-container
+# make run · make test · make lint · make soak · make fuzz · make test-container · make bench · make bench-quick
 PYTHON ?= python3
 VENV := .venv
 
@@ -14,7 +14,7 @@ $(VENV)/.dev: $(VENV)/.installed
 	@$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
-.PHONY: run test lint soak fuzz test-container clean
+.PHONY: run test lint soak fuzz test-container bench bench-quick clean
 run: $(VENV)/.installed
 	@exec $(VENV)/bin/gosshd $(ARGS)
 
@@ -34,6 +34,12 @@ fuzz: $(VENV)/.dev
 
 test-container:
 	bash tests/container.sh
+
+bench: $(VENV)/.dev
+	@$(VENV)/bin/python -m benchmarks $(ARGS)
+
+bench-quick: $(VENV)/.dev
+	@$(VENV)/bin/python -m benchmarks --quick $(ARGS)
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -16,6 +16,13 @@ import pytest
 
 from .serving import SOAK, Served
 
+for number in (signal.SIGINT, signal.SIGHUP):
+    # As at a terminal, also under nohup(1) and behind a shell's &: what is ignored is inherited.
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(
+            number, signal.SIG_DFL if number == signal.SIGHUP else signal.default_int_handler
+        )
+
 WATCHDOG = 900 if SOAK else 90
 """Seconds after which a test that hangs becomes a failure, with everybody's stacks."""
 
