@@ -125,7 +125,7 @@ def load(server: Running, what: str, *numbers: int, pinned: bool = True) -> list
 
 def loaded(server: Running, what: str, *numbers: int, pinned: bool = True) -> dict[str, float]:
     """What the load generator has seen. Raises BenchmarkError."""
-    result: dict[str, float] = json.loads(run(*load(server, what, *numbers, pinned=pinned), timeout=300))  # fmt: skip
+    result: dict[str, float] = json.loads(run(*load(server, what, *numbers, pinned=pinned), timeout=120))  # fmt: skip
     return result
 
 

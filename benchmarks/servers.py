@@ -102,7 +102,10 @@ def why_not(peer: str) -> str:
 
 def run(*argv: str, **options: object) -> str:
     """What a command says. Raises BenchmarkError if it fails."""
-    done = subprocess.run(argv, capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload]
+    try:
+        done = subprocess.run(argv, capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload]
+    except subprocess.TimeoutExpired as exc:
+        raise BenchmarkError(f"{' '.join(argv)}: not done in {exc.timeout:.0f} s") from exc
     if done.returncode:
         raise BenchmarkError(f"{' '.join(argv[:3])} …: {done.stderr.strip()[-500:]}")
     text: str = done.stdout
@@ -199,16 +202,17 @@ def serving(
     environ = {**os.environ, "HOME": str(site.home)}
     if name == "gosshd":
         environ["PYTHONPATH"] = str(HERE.parent)
+    log = site.folder / f"{name}.log"  # no pipe: a server waits for whoever does not read it
     began = time.monotonic()
     process = subprocess.Popen(
         [*pin(SERVER_CPU, pinned=pinned), *argv], env=environ, cwd=site.folder,
-        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log.open("wb"), start_new_session=True,
     )  # fmt: skip
     try:
         while not _answers(port):
             if process.poll() is not None or time.monotonic() - began > START_TIME:
                 process.kill()
-                words = process.communicate()[1].decode(errors="replace").strip()[-500:]
+                words = log.read_text(errors="replace").strip()[-500:]
                 raise BenchmarkError(f"{name} does not start: {words or 'it says nothing'}")
             time.sleep(0.001)
         yield Running(PEERS[name], port, process.pid, site, time.monotonic() - began)
@@ -221,10 +225,10 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     tree = descendants(process.pid)
     process.terminate()
     try:
-        process.communicate(timeout=10)
+        process.wait(10)
     except subprocess.TimeoutExpired:
         process.kill()
-        process.communicate()
+        process.wait()
     for pid, began in tree.items():
         if _began(pid) == began:
             os.kill(pid, signal.SIGKILL)
