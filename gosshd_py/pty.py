@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import fcntl
+import io
 import os
 import select
 import signal
@@ -47,6 +48,12 @@ class PtyHandle(PtyProcess):  # type: ignore[misc]  # no types
     Its `fileobj` is what closes the descriptor: os.close() besides it would close the number
     twice, and by then it may belong to another session.
     """
+
+    def __init__(self, pid: int, fd: int) -> None:
+        # Not PtyProcess's own: it adds two buffers of 8 KiB that nobody here reads by, which was
+        # a third of what an idle session needs.
+        self.pid, self.fd = pid, fd
+        self.fileobj = io.FileIO(fd, "r+")
 
     def __del__(self) -> None:
         """Do nothing: PtyProcess closes here, with a sleep, on the event loop."""
