@@ -301,7 +301,7 @@ def _timed(argv: list[str], given: Path, output: Path, files: _Files, wanted: Pa
 
 def _spawn(name: str, site: Site, sizes: Sizes) -> dict[str, float]:
     """What the server's own trace says of how long a spawn took: so long nothing else happens."""
-    seen = {}
+    seen: dict[str, float] = {}
     for row, ballast in (("spawn", 0), ("spawn_large", sizes.ballast)):
         trace = site.folder / f"{row}.ndjson"
         trace.unlink(missing_ok=True)

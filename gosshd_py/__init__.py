@@ -3,7 +3,6 @@
 The public face: `Config` says what to serve, `serve` serves it until it is told to stop.
 """
 
-
 import sys
 
 # structlog draws tracebacks by rich where that is there; ours are plain, and rich takes 40 ms of the
