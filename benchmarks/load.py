@@ -57,7 +57,7 @@ class Load:
     async def echo(self, sessions: int, seconds: int, interval_ms: int) -> dict[str, float]:
         """Keys typed one after the other, or by each session every interval."""
         typists = [await self.terminal() for _ in range(sessions)]
-        await asyncio.sleep(1)  # until the last shell has started
+        await asyncio.sleep(sessions > 1)  # until the last shell has started
         took: list[float] = []
 
         async def key(typist: asyncssh.SSHClientProcess[bytes]) -> float:

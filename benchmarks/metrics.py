@@ -182,7 +182,7 @@ def holding(server: Running, sessions: int) -> Iterator[None]:
         assert process.stdout is not None  # noqa: S101
         if process.stdout.readline() != b"ready\n":
             raise BenchmarkError(f"{server.peer.name} did not let {sessions} sessions in")
-        time.sleep(1)
+        time.sleep(0.5)
         yield
     finally:
         process.kill()  # and not closed by hand: nobody measures how it ends

@@ -155,7 +155,9 @@ func echo(sessions int, duration, interval time.Duration) {
 		typists[n] = terminal(dial())
 		typists[n].key()
 	}
-	time.Sleep(time.Second) // until the last shell has started
+	if sessions > 1 {
+		time.Sleep(time.Second) // until the last shell has started
+	}
 	var all []time.Duration
 	var lock sync.Mutex
 	var done sync.WaitGroup
