@@ -10,6 +10,7 @@ import shutil
 import sys
 import tempfile
 from collections import defaultdict
+from collections.abc import Collection
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -19,65 +20,66 @@ from rich.console import Console
 
 from .metrics import METRICS, QUICK, Metric, Sizes
 from .report import Row, markdown, svg, table
-from .servers import APT, HERE, PEERS, BenchmarkError, Site, build, run, why_not
+from .servers import APT, BUILD, HERE, PEERS, USUAL, BenchmarkError, Site, build, run, why_not
+from .variants import VARIANTS
 
 console = Console(stderr=True)
 
 
 @click.command(epilog=f"The peers, on Debian: {APT}")
 @click.option(
-    "--quick", is_flag=True, help="One round of little: 90 seconds, to see whether it works."
+    "--quick", is_flag=True, help="One round of little: a minute, to see whether it works."
 )
 @click.option("--rounds", type=click.IntRange(1), metavar="N", help="Of each metric.  [default: 5]")
 @click.option(
     "--servers",
-    default=",".join(PEERS),
-    metavar="LIST",
-    help="Which ones.  [default: all that are there]",
-)
-@click.option(
-    "--metrics",
-    default=",".join(metric.name for metric in METRICS),
+    default=",".join(USUAL),
     metavar="LIST",
     show_default=True,
-    help="Which ones.",
+    help=f"Which ones; there are also {', '.join(VARIANTS)}, which lack one thing.",
 )
 @click.option(
-    "--results",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=HERE / "results",
-    help="Folder for JSON, picture and table.",
+    "--metrics", default=",".join(METRICS), metavar="LIST", show_default=True, help="Which ones."
 )
-def main(*, quick: bool, rounds: int | None, servers: str, metrics: str, results: Path) -> None:  # fmt: skip
+@click.option(
+    "--load",
+    type=click.Choice(["go", "python"]),
+    help="The load generator.  [default: go, where there is Go]",
+)
+@click.option("--results", type=click.Path(file_okay=False, path_type=Path), default=HERE / "results",
+              help="Folder for JSON, picture and table.")  # fmt: skip
+def main(*, quick: bool, rounds: int | None, servers: str, metrics: str, load: str | None, results: Path) -> None:  # fmt: skip
     """Compare gosshd with its peers on this machine, in one run."""
-    chosen = _known(servers, list(PEERS), "--servers")
-    wanted = [
-        metric
-        for metric in METRICS
-        if metric.name in _known(metrics, [metric.name for metric in METRICS], "--metrics")
-    ]
+    chosen = _known(servers, PEERS, "--servers")
+    wanted = [METRICS[name] for name in _known(metrics, METRICS, "--metrics")]
+    for program in ("ssh", "sftp", "taskset"):
+        if not shutil.which(program):
+            raise click.ClickException(f"{program} is missing; {APT}")
     present = []
     for name in chosen:
         if reason := why_not(name):
             console.print(f"without {name}: {reason}", style="yellow", highlight=False)
         else:
             present.append(name)
-    for program in ("ssh", "sftp", "taskset"):
-        if not shutil.which(program):
-            raise click.ClickException(f"{program} is missing; {APT}")
+    by_go = load == "go" or (load is None and shutil.which("go") is not None)
+    sizes = QUICK if quick else Sizes()
     try:
-        if shutil.which("go"):
+        if by_go or "go" in present:
             console.print("building the Go programs", highlight=False)
             build()
-        values = _measure(
-            wanted, present, QUICK if quick else Sizes(), rounds or (1 if quick else 5)
-        )
+        with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
+            command = [str(BUILD / "load")] if by_go else [sys.executable, str(HERE / "load.py")]
+            site = Site(Path(folder), command)
+            values = _measure(wanted, present, site, sizes, rounds or (1 if quick else 5))
+            for name, notes in site.notes.items():
+                for note in dict.fromkeys(notes):
+                    console.print(f"{name} {note}", style="yellow", highlight=False)
     except BenchmarkError as exc:
         raise click.ClickException(str(exc)) from exc
-    _tell(wanted, present, values, results, quick=quick)
+    _tell(wanted, present, values, sizes, results)
 
 
-def _known(given: str, names: list[str], option: str) -> list[str]:
+def _known(given: str, names: Collection[str], option: str) -> list[str]:
     chosen = [name.strip() for name in given.split(",") if name.strip()]
     for name in chosen:
         if name not in names:
@@ -89,33 +91,33 @@ Values = dict[str, dict[str, list[float | None]]]
 """By row and server: a number for each round."""
 
 
-def _measure(metrics: list[Metric], servers: list[str], sizes: Sizes, rounds: int) -> Values:
+def _measure(metrics: list[Metric], servers: list[str], site: Site, sizes: Sizes, rounds: int) -> Values:  # fmt: skip
     values: Values = defaultdict(lambda: defaultdict(list))
-    with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
-        site = Site(Path(folder))
-        for number in range(rounds):
-            for metric in metrics:
-                if number >= metric.rounds:
+    for number in range(rounds):
+        # Each goes first once: whoever does may find a cold cache.
+        order = servers[number % len(servers) :] + servers[: number % len(servers)]
+        for metric in metrics:
+            for name in order:
+                if number >= metric.rounds or not metric.suits(name):
                     continue
-                # Each goes first once: whoever does may find a cold cache.
-                order = servers[number % len(servers) :] + servers[: number % len(servers)]
-                for name in order:
-                    if name not in metric.servers or metric.name in PEERS[name].lacks:
-                        continue
-                    with console.status(f"round {number + 1} of {rounds}: {metric.name}, {name}"):
-                        seen = metric.measure(name, site, sizes)
-                    for row in metric.rows:
-                        values[row][name].append(seen.get(row))
-            console.print(f"round {number + 1} of {rounds} is over", highlight=False)
+                with console.status(f"round {number + 1} of {rounds}: {metric.name}, {name}"):
+                    seen = metric.measure(name, site, sizes)
+                for row in metric.rows:
+                    values[row][name].append(seen.get(row))
+        console.print(f"round {number + 1} of {rounds} is over", highlight=False)
     return values
 
 
-def _tell(metrics: list[Metric], servers: list[str], values: Values, results: Path, *, quick: bool) -> None:  # fmt: skip
-    rows = [Row(*metric.rows[row], values=values[row]) for metric in metrics for row in metric.rows]
+def _tell(metrics: list[Metric], servers: list[str], values: Values, sizes: Sizes, results: Path) -> None:  # fmt: skip
+    rows = [
+        Row(metric.what(row, sizes), *metric.rows[row][1:], values=values[row])
+        for metric in metrics
+        for row in metric.rows
+    ]
     now = datetime.now().astimezone()
     facts = {
         "time": now.isoformat(timespec="seconds"),
-        "quick": quick,
+        "quick": sizes is QUICK,
         "machine": machine(),
         "versions": _versions(servers),
         "rows": [

@@ -10,7 +10,7 @@ from xml.sax.saxutils import escape
 
 from rich.table import Table
 
-OURS = "gosshd"
+from .servers import OURS
 
 Rounds = Sequence[float | None]
 """A number for each round; None: it was not measured in this one."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import importlib.util
 import os
 import pwd
 import shutil
@@ -11,12 +12,16 @@ import socket
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .variants import VARIANTS
+
 HERE = Path(__file__).parent
+OURS = "gosshd"
 BUILD = HERE / ".build"
 """What the Go compiler makes."""
 
@@ -39,12 +44,16 @@ class BenchmarkError(Exception):
 
 @dataclass
 class Site:
-    """What all servers share: a folder, keys, a user, a home with nothing in it."""
+    """What all servers share: a folder, keys, a user, a home with nothing in it, and the clients."""
 
     folder: Path
+    load: list[str]
+    """The load generator's command."""
     user: str = field(default_factory=getpass.getuser)
 
     def __post_init__(self) -> None:
+        self.notes: dict[str, list[str]] = defaultdict(list)
+        """By server: what it could not do."""
         self.home = self.folder / "home"
         (self.home / ".ssh").mkdir(parents=True, mode=0o700)
         for name in ("host", "key"):
@@ -86,8 +95,11 @@ PEERS = {
             note="leaves its shells behind when a client goes, and has no sftp",
             lacks=frozenset({"sftp"}),
         ),
+        *(Peer(name, "this server, but for one thing", forks=False) for name in VARIANTS),
     )
 }  # fmt: skip
+USUAL = ("gosshd", "sshd", "dropbear", "go")
+"""Those that are compared when nothing else is said."""
 
 
 def why_not(peer: str) -> str:
@@ -95,6 +107,8 @@ def why_not(peer: str) -> str:
     wanted = {"sshd": "/usr/sbin/sshd", "dropbear": "/usr/sbin/dropbear", "go": "go"}.get(peer)
     if wanted and not shutil.which(wanted):
         return f"{wanted} is not installed; {APT}"
+    if peer == "uvloop" and importlib.util.find_spec("uvloop") is None:
+        return "is not installed; pip install uvloop"
     if peer in ("sshd", "dropbear") and os.geteuid() != 0:
         return "wants root, to give its user an empty home"
     return ""
@@ -135,6 +149,8 @@ class Running:
     site: Site
     started: float
     """Seconds from the start to its first words to a client."""
+    notes: list[str]
+    """What it could not do."""
 
     def processes(self) -> list[int]:
         """Its own processes, the first one first; what it runs for clients are others."""
@@ -200,7 +216,7 @@ def serving(
     port = free_port()
     argv = _argv(name, port, site, special)
     environ = {**os.environ, "HOME": str(site.home)}
-    if name == "gosshd":
+    if name == OURS or name in VARIANTS:
         environ["PYTHONPATH"] = str(HERE.parent)
     log = site.folder / f"{name}.log"  # no pipe: a server waits for whoever does not read it
     began = time.monotonic()
@@ -215,7 +231,9 @@ def serving(
                 words = log.read_text(errors="replace").strip()[-500:]
                 raise BenchmarkError(f"{name} does not start: {words or 'it says nothing'}")
             time.sleep(0.001)
-        yield Running(PEERS[name], port, process.pid, site, time.monotonic() - began)
+        yield Running(
+            PEERS[name], port, process.pid, site, time.monotonic() - began, site.notes[name]
+        )
     finally:
         _end(process)
 
@@ -283,15 +301,15 @@ def _answers(port: int) -> bool:
 def _argv(name: str, port: int, site: Site, special: Special) -> list[str]:
     if name == "go":
         return [str(BUILD / "server"), f"127.0.0.1:{port}", str(site.folder / "host"), f"{site.key}.pub"]  # fmt: skip
-    if name == "gosshd":
-        return _gosshd(port, site, special)
+    if name == OURS or name in VARIANTS:
+        return _gosshd(VARIANTS.get(name, ""), port, site, special)
     # These two take the home from the password file: they get an empty one in a mount namespace.
     home = pwd.getpwnam(site.user).pw_dir
     serve = _sshd(port, site) if name == "sshd" else _dropbear(port, site)
     return ["unshare", "-m", "sh", "-c", f'mount --bind {site.home} {home} && exec "$@"', "sh", *serve]  # fmt: skip
 
 
-def _gosshd(port: int, site: Site, special: Special) -> list[str]:
+def _gosshd(before: str, port: int, site: Site, special: Special) -> list[str]:
     off = (
         *("max_startups", "per_source_max_startups", "max_connections", "per_source_max_connections"),
         *("total_max_sessions", "connection_max_sessions", "max_penalty"),
@@ -305,8 +323,9 @@ def _gosshd(port: int, site: Site, special: Special) -> list[str]:
         + f'[accounts.{site.user}]\nauthorized_keys = ["{site.key}.pub"]\n'
     )
     if special.ballast:
-        code = f"b = bytearray({special.ballast} * 2**20)\nb[::4096] = bytes(len(b[::4096])).replace(b'\\0', b'x')\n"
-        code += "from gosshd_py.cli import main\nmain()"
+        before += f"\nb = bytearray({special.ballast} * 2**20)\nb[::4096] = b'x' * len(b[::4096])"
+    if before:
+        code = f"{before}\nfrom gosshd_py.cli import main\nmain()"
         return [sys.executable, "-c", code, "--config", str(file)]
     return [sys.executable, "-m", "gosshd_py", "--config", str(file)]
 

@@ -276,7 +276,7 @@ def command_lab(clone: Path, server: Served) -> None:
 
 def target_of_the_makefile(clone: Path, server: Served) -> None:
     """Running the tests inside the tests would not end; that the target is there is what is asked."""
-    for target in ("test", "lint", "soak", "fuzz", "test-container"):
+    for target in ("test", "lint", "soak", "fuzz", "test-container", "bench", "bench-quick"):
         plan = subprocess.run(
             ["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True
         )
@@ -315,6 +315,8 @@ RUNNERS: dict[str, Callable[[Path, Served], None]] = {
     "make soak": target_of_the_makefile,
     "make fuzz": target_of_the_makefile,
     "make test-container": target_of_the_makefile,
+    "make bench": target_of_the_makefile,
+    "make bench-quick": target_of_the_makefile,
 }
 
 
