@@ -6,12 +6,13 @@ The public face: `Config` says what to serve, `serve` serves it until it is told
 import sys
 
 # structlog draws tracebacks by rich where that is there; ours are plain, and rich takes 40 ms of the
-# start and 6 MiB. So in this moment it is not there. Those who draw by it import it for themselves.
+# start and 6 MiB. So in this moment it is not there. Whoever wants it imports structlog before us.
 if not {"structlog", "rich"} & set(sys.modules):
     sys.modules["rich"] = None  # type: ignore[assignment]
-    import structlog  # noqa: F401
-
-    del sys.modules["rich"]
+    try:
+        import structlog  # noqa: F401
+    finally:
+        del sys.modules["rich"]
 
 from .config import Config, ConfigError
 from .daemon import serve

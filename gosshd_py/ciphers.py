@@ -22,12 +22,13 @@ TAG = 16
 
 def quicker(encryption: Encryption | None) -> Encryption | None:
     """The same encryption, quicker if that can be."""
+    kept, *names = _KEPT.get(type(encryption), (None,))
     cipher: Any = getattr(encryption, "_cipher", None)
-    if type(encryption) is ChachaEncryption and hasattr(_stream(bytes(32)), "reset_nonce"):
-        return KeptChacha(cipher._key, cipher._adkey)  # noqa: SLF001
-    if type(encryption) is GCMEncryption:
-        return KeptGCM(cipher._key, cipher._iv)  # noqa: SLF001
-    return encryption
+    parts = [getattr(cipher, name, None) for name in names]
+    if kept is None or not all(isinstance(part, bytes) for part in parts):
+        return encryption
+    made: Encryption = kept(*parts)
+    return made
 
 
 def _stream(key: bytes) -> Any:
@@ -106,3 +107,9 @@ class KeptGCM(Encryption):
             return self._cipher.decrypt(self._nonce(), sealed, first[:header_len])
         except InvalidTag:
             return None
+
+
+_KEPT: dict[Any, tuple[Any, ...]] = {GCMEncryption: (KeptGCM, "_key", "_iv")}
+"""asyncssh's class → ours, and where it finds its parts in the cipher of the other."""
+if hasattr(_stream(bytes(32)), "reset_nonce"):  # since cryptography 43
+    _KEPT[ChachaEncryption] = (KeptChacha, "_key", "_adkey")

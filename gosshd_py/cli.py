@@ -11,20 +11,21 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import ExitStack, suppress
 from importlib import import_module
 from typing import Any, ClassVar, NoReturn
 
 import click
+import msgspec
 import structlog
 from asyncssh import SSHKey
 from asyncssh.saslprep import SASLPrepError, saslprep
 
 from . import __version__, logs, pidfile
-from .checks import warnings_of
+from .checks import check_reload, warnings_of
 from .config import Address, Config, ConfigError, parse_address
-from .daemon import keep_what_is_loaded, serve
+from .daemon import NEEDS_RESTART, keep_what_is_loaded, serve
 from .explain import explain_forward
 from .hostkeys import (
     HostKeyError,
@@ -34,7 +35,7 @@ from .hostkeys import (
     known_hosts_lines,
     load_host_keys,
 )
-from .listen import ListenError, open_sockets
+from .listen import ListenError, claim, open_sockets
 from .load import load_config
 from .passwords import MAX_PASSWORD, make_hash
 from .places import ForbiddenError
@@ -178,9 +179,17 @@ def _serve(file: str | None, flags: dict[str, Any]) -> None:
         try:
             if config.worker_count > 1:
                 sys.exit(_serve_by_several(config, ready, again))
-            asyncio.run(serve(config, lambda it: ready(it.addresses, it.host_keys), again))
+            asyncio.run(
+                _to_the_end(serve(config, lambda it: ready(it.addresses, it.host_keys), again))
+            )
         except (ListenError, HostKeyError) as exc:
             _fail(1, str(exc))
+
+
+async def _to_the_end(serving: Awaitable[None]) -> None:
+    """A signal that comes behind the last connection would only spoil the exit status."""
+    await serving
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
 
 
 def _serve_by_several(config: Config, ready: Ready, again: Callable[[], Config]) -> int:
@@ -188,16 +197,33 @@ def _serve_by_several(config: Config, ready: Ready, again: Callable[[], Config])
     host_keys = load_host_keys(config.hostkeys_dir)
     held = open_sockets(config, hold=True)
     addresses = [Address(*sock.getsockname()[:2]) for sock in held]
+    held += claim(addresses)
+    now = config
+
+    def reread() -> None:
+        """For the workers that will start later. The others read it for themselves, and say why not."""
+        nonlocal now
+        with suppress(ConfigError):
+            new = again()
+            check_reload(now, new, addresses)
+            now = msgspec.structs.replace(
+                new, **{key: getattr(config, key) for key in NEEDS_RESTART}
+            )
 
     def work(worker: Worker) -> int:
+        for sock in held:
+            sock.close()
         try:
-            asyncio.run(serve(config, lambda _: worker.ready(), again, worker))
-        except (ListenError, HostKeyError) as exc:
+            asyncio.run(_to_the_end(serve(now, lambda _: worker.ready(), again, worker)))
+        except (ListenError, HostKeyError, OSError) as exc:
             _fail(1, str(exc))
+        except ConfigError as exc:
+            _fail(2, *exc.problems)
         return 0
 
     keep_what_is_loaded()
-    return Supervisor(config.worker_count, addresses, work).run(lambda: ready(addresses, host_keys))
+    supervisor = Supervisor(config.worker_count, addresses, work, reread)
+    return supervisor.run(lambda: ready(addresses, host_keys))
 
 
 def _warn(config: Config) -> None:

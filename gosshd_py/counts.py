@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 
-CELLS = 1 << 16
+CELLS = 1 << 20
 """Cells for names that are counted at a time; there are some thousands of these at most."""
 
 TIMES = 1 << 20
@@ -48,16 +48,15 @@ class SharedCounts(Counts):
 
     def __init__(self, processes: int) -> None:
         super().__init__()
-        # The last cell of each row is its total.
-        self._rows = [
-            memoryview(mmap.mmap(-1, 4 * (CELLS + 1))).cast("i") for _ in range(processes)
-        ]
+        # The last cell of each row is its total. Only what is touched takes memory.
+        self._maps = [mmap.mmap(-1, 4 * (CELLS + 1)) for _ in range(processes)]
+        self._rows = [memoryview(cells).cast("i") for cells in self._maps]
         self._row = self._rows[0]
 
     def mine(self, process: int) -> None:
         """Count in this process's row, from nothing: what was there is of one that has died."""
         self._row = self._rows[process]
-        self._row[:] = memoryview(bytes(4 * (CELLS + 1))).cast("i")
+        self._maps[process].madvise(mmap.MADV_REMOVE)
 
     def add(self, name: str) -> None:
         """Count one more."""

@@ -70,7 +70,7 @@ async def serve(
             reloader.cancel()
             if worker.supervisor >= 0:
                 loop.remove_reader(worker.supervisor)  # it would be readable for ever
-            log.info("shutting down", sessions=server.session_count, **which)
+            log.info("shutting down", sessions=len(server.sessions), **which)
 
 
 @contextmanager

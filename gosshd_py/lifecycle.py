@@ -183,7 +183,7 @@ program.spawned   | process | pid pgid sid argv terminal us | a child that leads
 program.failed    | process | reason         | nothing was started, and the client is told why | execve(2)
 signal.sent       | process | signal pgid    | to a whole process group: the shell's, or what runs in the foreground | kill(2)
 program.reaped    | process | pid status ended | wait(2) has taken its status; until then it was a zombie, and its pid could not become anybody else's | wait(2)
-trace.started     | trace   | version pid began | a server writes here from now on; its connections are counted from 1, since it began | README
+trace.started     | trace   | version pid began | a process of a server writes here from now on; since it began, each connection has a number of its own | README
 trace.dropped     | trace   | events reason  | these were not written, since whoever reads is too slow, or the disk is full | README
 """)
 """name → meaning. Every event of a trace is here; a fact may be absent where it says nothing."""

@@ -65,6 +65,23 @@ def open_sockets(
     return sockets
 
 
+def claim(addresses: Sequence[Address]) -> list[socket.socket]:
+    """Let no other supervisor share what we hold: until somebody listens the kernel would let it.
+
+    It has a name in the network's own space, which goes with us (unix(7), abstract). Raises ListenError.
+    """
+    claims: list[socket.socket] = []
+    for address in addresses:
+        claims.append(socket.socket(socket.AF_UNIX))
+        try:
+            claims[-1].bind(f"\0gosshd {address}")
+        except OSError as exc:
+            for sock in claims:
+                sock.close()
+            raise ListenError(f"cannot listen on {address}: {_why(exc)}") from exc
+    return claims
+
+
 def _look_up(host: str, port: int) -> list[tuple[Any, ...]]:
     """The addresses of a name, each once: /etc/hosts may name one twice."""
     try:

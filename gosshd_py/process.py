@@ -185,7 +185,11 @@ class Child:
         self.pid = popen.pid
         self.ended: asyncio.Future[ExitStatus] = self._loop.create_future()
         self._pidfd = os.pidfd_open(popen.pid)
-        self._loop.add_reader(self._pidfd, self._reap)
+        try:
+            self._loop.add_reader(self._pidfd, self._reap)
+        except OSError:
+            os.close(self._pidfd)
+            raise
 
     def _reap(self) -> None:
         pid, status = os.waitpid(self.pid, os.WNOHANG)

@@ -58,7 +58,8 @@ class Server:
         self._worker = worker or Worker()
         counted = self._worker.counted
         self._shared = Shared(self._run_session, Admission(counted), SessionCounts(counted))
-        self._sessions: dict[asyncio.Task[None], Channel] = {}
+        self.sessions: dict[asyncio.Task[None], Channel] = {}
+        """Those that run just now."""
         self._listeners: list[asyncio.Server] = []
 
     async def __aenter__(self) -> Self:
@@ -102,11 +103,6 @@ class Server:
         """Connections that are open just now."""
         return self._shared.connections
 
-    @property
-    def session_count(self) -> int:
-        """Sessions that run just now."""
-        return len(self._sessions)
-
     # -- sessions -----------------------------------------------------------------------------
 
     def _run_session(
@@ -115,7 +111,7 @@ class Server:
         if self._shared.stopping:
             channel.end(Cause.SHUTDOWN, SHUTDOWN_NOTICE)
         task = asyncio.create_task(self._session(connection, channel, start, program))
-        self._sessions[task] = channel
+        self.sessions[task] = channel
         task.add_done_callback(self._session_over)
 
     async def _session(
@@ -138,7 +134,7 @@ class Server:
         log.info("session over", **facts, **ending.facts)
 
     def _session_over(self, task: asyncio.Task[None]) -> None:
-        del self._sessions[task]
+        del self.sessions[task]
         if not task.cancelled() and (exc := task.exception()) is not None:
             log.error("session failed while closing", exc_info=exc)
 
@@ -149,10 +145,10 @@ class Server:
         self._shared.stopping = SHUTDOWN_NOTICE
         for listener in self._listeners:
             listener.close()
-        for channel in list(self._sessions.values()):
+        for channel in list(self.sessions.values()):
             channel.end(Cause.SHUTDOWN, SHUTDOWN_NOTICE)
-        while self._sessions:
-            await asyncio.wait(self._sessions)  # each has its own deadlines
+        while self.sessions:
+            await asyncio.wait(self.sessions)  # each has its own deadlines
         connections = list(self.connections)
         for connection in connections:
             if connection.sessions == 0:
@@ -164,5 +160,5 @@ class Server:
         for connection in list(self.connections):
             connection.disconnect(SHUTDOWN_NOTICE)
             await connection.conn.wait_closed()
-        while self._sessions:  # started while clients were leaving
-            await asyncio.wait(self._sessions)
+        while self.sessions:  # started while clients were leaving
+            await asyncio.wait(self.sessions)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 from collections import deque
 from typing import Any, TextIO
 
@@ -43,8 +44,15 @@ class Unbuffered:
         """Write all of it; what the terminal has no character for becomes a question mark."""
         data = text.encode(self.encoding, "replace")
         while data:
-            data = data[os.write(self._fd, data) :]
+            try:
+                data = data[os.write(self._fd, data) :]
+            except BlockingIOError:  # somebody who has this terminal, too, has made it so
+                select.select([], [self._fd], [])
         return len(text)
+
+    def close(self) -> None:
+        """Close what is ours; the stream itself stays open."""
+        os.close(self._fd)
 
     def flush(self) -> None:
         """There is nothing to flush."""
@@ -116,7 +124,9 @@ class Story:
         told.glosses.add(record.event)
 
     def close(self) -> None:
-        """Leave the stream to its owner."""
+        """Leave the stream to its owner, but for what was made for us."""
+        if isinstance(self._console.file, Unbuffered):
+            self._console.file.close()
 
 
 GLOSS = 18

@@ -37,7 +37,7 @@ MACS = ("hmac-sha2-256-etm@openssh.com", "hmac-sha2-512-etm@openssh.com")
 MAX_UNREAD = 16 * 1024 * 1024
 MAX_UNREAD_BEFORE = 256 * 1024
 """Bytes of answers held for a client that does not read, and before it has logged in. Sessions stop
-far below."""
+far below. Not more either is held of what a client sends while its login is judged."""
 
 TURN = 0.005
 """Seconds for which the packets of one client are handled before it is the others' turn."""
@@ -158,6 +158,8 @@ class Transport(asyncssh.SSHServerConnection):
         most = MAX_UNREAD if self._auth_complete else MAX_UNREAD_BEFORE
         if self._transport.get_write_buffer_size() > most:
             self.connection_lost(asyncssh.ConnectionLost("the client does not read"))
+        elif not self._auth_complete and len(self._inpbuf) > MAX_UNREAD_BEFORE:
+            self._give_up("too much is sent before the login is answered")
         elif len(self._global_request_queue) > MAX_GLOBAL_REQUESTS:
             self._give_up("too many global requests")
         elif len(self._deferred_packets) > MAX_DEFERRED:

@@ -26,7 +26,10 @@ QUICK = 2.0
 """Seconds in which a worker that ends has failed to start rather than died."""
 
 MAX_FAILURES = 3
-"""Workers in a row that fail to start, after which nobody tries again."""
+"""How often the first workers may fail to start. Where one has served, it is tried for ever."""
+
+MAX_PAUSE = 30.0
+"""Seconds between two tries, at most; the first pause is one second, and each is twice the last."""
 
 HANDED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -61,61 +64,93 @@ Serve = Callable[[Worker], int]
 class Supervisor:
     """Runs so many workers: `Supervisor(2, addresses, serve).run(when_ready)`."""
 
-    def __init__(self, count: int, addresses: Sequence[Address], serve: Serve) -> None:
+    def __init__(
+        self,
+        count: int,
+        addresses: Sequence[Address],
+        serve: Serve,
+        reread: Callable[[], None] = lambda: None,
+    ) -> None:
+        """reread: called at SIGHUP, so that workers that are started later serve as the others do."""
         self._count = count
         self._addresses = addresses
-        self._serve = serve
+        self._serve, self._reread = serve, reread
         self._open, self._waiting, self._sessions = (SharedCounts(count) for _ in range(3))
         self._penalties = SharedTimes(count)
         self._connections = memoryview(mmap.mmap(-1, 8 * count)).cast("q")
         self._pids: dict[int, tuple[int, float]] = {}
         """pid → which worker, and since when."""
+        self._due: dict[int, float] = dict.fromkeys(range(count), 0.0)
+        """Worker → when it is to be started."""
+        self._failures: dict[int, int] = dict.fromkeys(range(count), 0)
+        """Worker → how often in a row it has ended at once."""
+        self._served: set[int] = set()
+        """Those that could once be connected to."""
         self._alive, self._mine = os.pipe()  # readable to the workers when we have gone
         self._ready, self._tell_ready = os.pipe()
-        self._failures = 0
+        self._woken, self._wake = os.pipe()
         self._ending = False
         self._status = 0
 
     def run(self, when_ready: Callable[[], None]) -> int:
         """Serve. when_ready is called when all workers can be connected to. Returns the exit status."""
-        woken, wake = os.pipe()
-        os.set_blocking(wake, False)
+        os.set_blocking(self._wake, False)
         previous = {number: signal.signal(number, lambda *_: None) for number in (*HANDED_ON, signal.SIGCHLD)}  # fmt: skip
-        signal.set_wakeup_fd(wake)
+        signal.set_wakeup_fd(self._wake)
         try:
-            for number in range(self._count):
-                self._start(number)
-            waiting = self._count
-            while self._pids:
-                readable, _, _ = select.select([woken, self._ready], [], [])
-                if self._ready in readable:
-                    before, waiting = waiting, waiting - len(os.read(self._ready, 100))
-                    if before > 0 >= waiting:
+            while self._due or self._pids:
+                self._start_what_is_due()
+                readable, _, _ = select.select([self._woken, self._ready], [], [], self._pause())
+                if self._ready in readable and len(self._served) < self._count:
+                    self._served |= set(os.read(self._ready, 256))
+                    if len(self._served) == self._count:
                         when_ready()
-                if woken in readable:
-                    for number in os.read(woken, 100):
+                elif self._ready in readable:
+                    os.read(self._ready, 256)
+                if self._woken in readable:
+                    for number in os.read(self._woken, 256):
                         self._heed(number)
         finally:
+            # What comes now would only spoil the exit status.
+            signal.pthread_sigmask(signal.SIG_BLOCK, HANDED_ON)
             signal.set_wakeup_fd(-1)
             for number, handler in previous.items():
                 signal.signal(number, handler)
-            for fd in (woken, wake, self._alive, self._mine, self._ready, self._tell_ready):
+            for fd in (self._woken, self._wake, self._alive, self._mine, self._ready, self._tell_ready):  # fmt: skip
                 os.close(fd)
         return self._status
+
+    def _pause(self) -> float | None:
+        """Seconds until a worker is to be started."""
+        return max(min(self._due.values()) - time.monotonic(), 0) if self._due else None
+
+    def _start_what_is_due(self) -> None:
+        for number in [it for it, at in self._due.items() if at <= time.monotonic()]:
+            del self._due[number]
+            try:
+                self._start(number)
+            except OSError as exc:  # there are too many processes
+                log.error("worker not started", worker=number, reason=exc.strerror)  # noqa: TRY400
+                self._failed(number)
 
     def _start(self, number: int) -> None:
         # A signal that comes before the worker has its handlers waits for them: see reset_signals.
         signal.pthread_sigmask(signal.SIG_BLOCK, HANDED_ON)
-        pid = os.fork()
+        pid = -1
+        try:
+            pid = os.fork()
+        finally:
+            if pid:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDED_ON)
         if pid:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDED_ON)
             self._pids[pid] = (number, time.monotonic())
             return
         status = 1
         try:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            os.close(self._mine)
+            for fd in (self._mine, self._woken, self._wake, self._ready):
+                os.close(fd)
             status = self._serve(self._worker(number))
         except SystemExit as exc:
             status = exc.code if isinstance(exc.code, int) else 1
@@ -134,11 +169,11 @@ class Supervisor:
             self._addresses,
             self._connections,
             self._alive,
-            self._tell_that_it_is_ready,
+            lambda: self._tell_that_it_is_ready(number),
         )
 
-    def _tell_that_it_is_ready(self) -> None:
-        os.write(self._tell_ready, b"1")
+    def _tell_that_it_is_ready(self, number: int) -> None:
+        os.write(self._tell_ready, bytes([number]))
 
     def _heed(self, number: int) -> None:
         """Hand a signal on, or see who has ended."""
@@ -146,9 +181,16 @@ class Supervisor:
             with suppress(ChildProcessError):
                 while (ended := os.waitpid(-1, os.WNOHANG))[0]:
                     self._ended(*ended)
-        elif number in HANDED_ON:
-            self._ending |= number != signal.SIGHUP
-            self._send(signal.SIGHUP if number == signal.SIGHUP else signal.SIGTERM)
+        elif number == signal.SIGHUP:
+            self._reread()
+            self._send(number)
+        elif number in HANDED_ON and not self._ending:
+            self._end(0)
+
+    def _end(self, status: int) -> None:
+        self._ending, self._status = True, status
+        self._due.clear()
+        self._send(signal.SIGTERM)
 
     def _send(self, number: int) -> None:
         for pid in self._pids:
@@ -156,16 +198,24 @@ class Supervisor:
                 os.kill(pid, number)
 
     def _ended(self, pid: int, status: int) -> None:
+        if pid not in self._pids:
+            return  # no worker: of whoever became this program, or an orphan, since we are process 1
         number, since = self._pids.pop(pid)
         code = os.waitstatus_to_exitcode(status)
         if self._ending:
-            self._status = self._status or (1 if code else 0)
+            self._status = self._status or (code not in (0, -signal.SIGTERM))
             return
-        self._failures = self._failures + 1 if time.monotonic() - since < QUICK else 0
         log.error("worker ended", worker=number, pid=pid, exit=code)
-        if self._failures < MAX_FAILURES:
-            self._start(number)
+        if time.monotonic() - since < QUICK:
+            self._failed(number)
         else:
-            log.error("workers do not start", tried=self._failures)
-            self._ending, self._status = True, 1
-            self._send(signal.SIGTERM)
+            self._failures[number], self._due[number] = 0, 0.0
+
+    def _failed(self, number: int) -> None:
+        """Try again: at first at once, then after ever longer pauses. The others go on serving."""
+        self._failures[number] = tried = self._failures[number] + 1
+        pause = min(2.0 ** (tried - 2), MAX_PAUSE) if tried > 1 else 0.0
+        self._due[number] = time.monotonic() + pause
+        if not self._served and tried >= MAX_FAILURES:
+            log.error("workers do not start", tried=tried)
+            self._end(1)

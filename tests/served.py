@@ -24,7 +24,7 @@ from typing import Any
 
 import msgspec
 
-from gosshd_py import authentication, forward, logs
+from gosshd_py import authentication, forward, logs, userauth
 from gosshd_py.config import Config
 from gosshd_py.connection import Connection
 from gosshd_py.daemon import keep_what_is_loaded, traced
@@ -45,7 +45,7 @@ def stats(server: Server) -> dict[str, int]:
         "ptys": sum(fd.endswith("ptmx") for fd in fds),
         "tasks": len(asyncio.all_tasks()),
         "children": len(children),
-        "sessions": server.session_count,
+        "sessions": len(server.sessions),
         "connections": len(server.connections),
         "rss": int(status.split("VmRSS:")[1].split()[0]) * 1024,
     }
@@ -163,12 +163,13 @@ def sabotage(where: str) -> None:
         "spawn": (Connection, "_spawn"),
         "lookup": (socket, "getaddrinfo"),
         "keys": (authentication, "read_keys"),
+        "owner": (userauth, "allowed_owner"),
         "names": (socket, "getaddrinfo"),
         "bind": (forward, "bind_path"),
     }[where]
     real = getattr(owner, name)
 
-    if where in ("lookup", "keys"):
+    if where in ("lookup", "keys", "owner"):
 
         def slow(*args: Any, **options: Any) -> Any:
             if options.get("flags"):  # of an address: that is never slow

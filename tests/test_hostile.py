@@ -297,7 +297,7 @@ def test_sessions_end_with_the_server_even_if_they_start_while_it_stops(tmp_path
                 except (asyncssh.Error, OSError, TimeoutError):
                     break
             await stopping
-            assert server.session_count == 0
+            assert len(server.sessions) == 0
         await conn.wait_closed()
 
     run(main())

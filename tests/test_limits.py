@@ -721,6 +721,38 @@ def test_a_client_that_asks_and_does_not_read_is_cut_off(serve: Serve) -> None:
     assert server.stats()["rss"] - before < 32 * MIB
 
 
+def test_a_flood_behind_a_login_that_is_being_judged_is_cut_off(serve: Serve) -> None:
+    """asyncssh takes no packet then, but keeps all that comes."""
+    server = serve()
+    server.ask("sabotage owner")
+    before = server.stats()["rss"]
+
+    async def attack() -> None:
+        connections: list[Any] = []
+
+        class Client(asyncssh.SSHClient):
+            def connection_made(self, conn: Any) -> None:
+                connections.append(conn)
+
+        task = asyncio.create_task(server.connect(client_factory=Client))
+        wait_for = lambda: connections and connections[0]._auth_in_progress  # noqa: E731
+        while not wait_for():
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.2)  # the request is there, and somebody looks who asks
+        transport, sent = connections[0]._transport, 0
+        while not server.events("connection closed") and sent < 200 * MIB:
+            if transport.get_write_buffer_size() < MIB:
+                transport.write(bytes(256 * 1024))
+                sent += 256 * 1024
+            await asyncio.sleep(0)
+        with suppress(asyncssh.Error, OSError):
+            await task
+
+    run(attack())
+    assert server.events("connection closed")[0]["reason"] == "too much is sent before the login is answered"  # fmt: skip
+    assert server.stats()["rss"] - before < 32 * MIB
+
+
 def send_open(conn: Any, kind: str, number: int) -> None:
     """CHANNEL_OPEN, whatever the client's own state is."""
     sizes = (asyncssh.packet.UInt32(value) for value in (number, 2**21, 2**15))

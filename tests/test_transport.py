@@ -7,6 +7,7 @@ import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import asyncssh
 import pytest
@@ -64,6 +65,17 @@ def test_what_it_does_not_know_is_left_as_it_is() -> None:
     ctr = get_encryption(b"aes128-ctr", bytes(16), bytes(16), b"hmac-sha2-256", bytes(32))
     assert quicker(ctr) is ctr
     assert quicker(None) is None
+
+
+def test_a_cipher_of_another_version_is_left_as_it_is() -> None:
+    for name, attribute in (
+        ("chacha20-poly1305@openssh.com", "_adkey"),
+        ("aes128-gcm@openssh.com", "_iv"),
+    ):
+        made: Any = get_encryption(name.encode(), bytes(64 if "chacha" in name else 16), bytes(12))
+        assert quicker(made) is not made
+        delattr(made._cipher, attribute)
+        assert quicker(made) is made
 
 
 @pytest.mark.parametrize("cipher", transport.CIPHERS)

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import pexpect
 import pytest
 
 from gosshd_py.config import Address, Config
 from gosshd_py.counts import Counts, SharedCounts, SharedTimes, Times
 from gosshd_py.limits import Penalties
+from gosshd_py.listen import ListenError, claim, open_sockets
 from gosshd_py.workers import MAX_FAILURES, Supervisor, Worker
 
 from .keys import PASSWORD, hashed
-from .serving import wait_for
+from .serving import ROOT, wait_for
 from .test_cli import Gosshd, Start, errors, gosshd_once, start  # noqa: F401
 from .test_limits import connect, guess, read_all
 
@@ -189,6 +193,114 @@ def test_connections_have_numbers_of_their_own_in_a_trace(several: Several, tmp_
     assert len({event["pid"] for event in accepted}) >= 3
 
 
+def test_a_worker_that_starts_later_lives_by_the_reloaded_configuration(
+    several: Several, tmp_path: Path
+) -> None:
+    """Or whoever was locked out could come in again behind a crash."""
+    alice, bob = (f'[accounts.{name}]\npassword = "{hashed()}"\n' for name in ("alice", "bob"))
+    it = several(settings=alice + bob)
+    line = it.known_hosts.read_text()
+    it.known_hosts.write_text(line + line.replace("localhost", "127.0.0.1"))
+    assert guess(it, PASSWORD) == "in"
+    file = tmp_path / "lab.toml"
+    whole = file.read_text()
+    file.write_text(whole.replace(alice, ""))
+    it.process.send_signal(signal.SIGHUP)
+    wait_for("the reload", lambda: len(it.events("reloaded")) == 2)
+    file.write_text("nonsense")  # which nobody takes, and those that start later do not, either
+    it.process.send_signal(signal.SIGHUP)
+    wait_for("the refusal", lambda: len(it.events("not reloaded")) == 2)
+    old = workers(it)
+    for pid in old:
+        os.kill(pid, signal.SIGKILL)
+    wait_for("others", lambda: len(workers(it)) == 2 and not workers(it) & old)
+    wait_for("their service", lambda: listening(it))
+    for source in range(3, 9):
+        assert "Permission denied" in guess(it, PASSWORD, source=f"127.0.0.{source}")
+
+
+def listening(it: Gosshd) -> bool:
+    try:
+        with connect(it) as sock:
+            return sock.recv(4) == b"SSH-"
+    except OSError:
+        return False
+
+
+def test_a_worker_that_cannot_start_again_is_tried_again_and_disturbs_nobody(
+    several: Several, tmp_path: Path
+) -> None:
+    hostkeys = tmp_path / "keys"
+    it = several("--hostkeys", str(hostkeys))
+    terminal = it.terminal("-tt")
+    terminal.sendline("echo pid $PPID.")
+    terminal.expect(r"pid (\d+)\.")
+    (victim,) = workers(it) - {int(terminal.match[1])}
+    hostkeys.rename(tmp_path / "away")
+    hostkeys.write_text("no folder")
+    os.kill(victim, signal.SIGKILL)
+    wait_for("some tries", lambda: len(it.events("worker ended")) >= MAX_FAILURES + 1)
+    terminal.sendline("echo still he''re")
+    terminal.expect("still here")
+    hostkeys.unlink()
+    (tmp_path / "away").rename(hostkeys)
+    wait_for("both", lambda: len({whose(it) for _ in range(8)}) == 2, 30)
+    terminal.sendline("exit 7")
+    terminal.expect(pexpect.EOF)
+    terminal.close()
+    assert terminal.exitstatus == 7
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_child_that_is_no_worker_is_nobodys_business(tmp_path: Path, workers: str) -> None:
+    """Of the shell that became the server, or an orphan where the server is process 1."""
+    settings = f"--listen 127.0.0.1:0 --hostkeys {tmp_path}/k --pid-file '' --workers {workers}"
+    argv = ["sh", "-c", f"sleep 0.3 & exec {sys.executable} -m gosshd_py {settings}"]
+    log = tmp_path / "log"
+    with log.open("wb") as file:
+        server = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=file)
+    try:
+        assert server.stdout.readline().startswith(b"listening")
+        time.sleep(0.5)
+        assert server.poll() is None, log.read_text()
+        server.terminate()
+        assert server.wait(10) == 0
+    finally:
+        server.kill()
+        server.communicate()
+
+
+@pytest.mark.parametrize("count", ["1", "2"])
+def test_signals_that_come_too_late_do_not_spoil_the_status(several: Several, count: str) -> None:
+    it = several(count=count)
+    assert it.ssh("HOST", "true").returncode == 0
+    while it.process.poll() is None:
+        it.process.send_signal(signal.SIGTERM)
+        time.sleep(0.005)
+    assert it.process.returncode == 0
+
+
+def test_what_no_worker_can_write_is_one_line_of_each(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    done = gosshd_once(tmp_path, "--workers", "2", "--listen", "127.0.0.1:0", "--trace-file", f"{tmp_path}/pipe")  # fmt: skip
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "No such device or address" in done.stderr
+
+
+def test_two_supervisors_do_not_share_a_port_before_anybody_listens() -> None:
+    config = Config(listen=("127.0.0.1:0",))
+    (first,) = open_sockets(config, hold=True)
+    address = Address(*first.getsockname())
+    claimed = claim([address])
+    with pytest.raises(ListenError, match="another server uses it"):
+        claim([address])
+    for sock in claimed:
+        sock.close()
+    for sock in (*claim([address]), first):
+        sock.close()
+
+
 def test_auto_is_one_for_each_processor(several: Several) -> None:
     it = several(count="auto")
     count = len(os.sched_getaffinity(0))
@@ -232,8 +344,38 @@ def test_workers_that_never_start_are_given_up(tmp_path: Path) -> None:
         return 3
 
     assert supervise(fail, tmp_path / "ready") == 1
-    assert MAX_FAILURES <= len(tried.read_text()) <= MAX_FAILURES + 1
+    assert MAX_FAILURES <= len(tried.read_text()) <= 2 * MAX_FAILURES
     assert not (tmp_path / "ready").exists()
+
+
+def test_a_fork_that_fails_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fork, refusals = os.fork, iter([OSError(errno.EAGAIN, "no more processes")])
+
+    def failing() -> int:
+        for refusal in refusals:
+            raise refusal
+        return fork()
+
+    def serve(worker: Worker) -> int:
+        worker.ready()
+        (tmp_path / f"{worker.number}").touch()
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if worker.number:
+            time.sleep(1)
+            os.kill(os.getppid(), signal.SIGTERM)
+        signal.pause()
+        return 0
+
+    def run() -> None:
+        monkeypatch.setattr(os, "fork", failing)
+        os._exit(Supervisor(2, (), serve).run(lambda: None))
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    process.join(20)
+    assert process.exitcode == 0
+    assert (tmp_path / "0").exists()
 
 
 def test_a_signal_that_comes_while_a_worker_starts_is_not_lost(tmp_path: Path) -> None:
