@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -126,7 +127,7 @@ def svg(rows: Sequence[Row], servers: Sequence[str], title: str) -> str:
         f'<text x="10" y="20" font-size="14" font-weight="bold">{escape(title)}</text>',
         '<text x="10" y="38">how many times better gosshd is: right of 1 it is ahead</text>',
     ]
-    for place, (peer, color) in enumerate(zip(peers, _COLORS, strict=False)):
+    for place, (peer, color) in enumerate(zip(peers, itertools.cycle(_COLORS), strict=False)):
         at = _LEFT + 110 * place
         parts.append(f'<circle cx="{at}" cy="34" r="5" fill="{color}"/>')
         parts.append(f'<text x="{at + 10}" y="38">{escape(peer)}</text>')
@@ -137,7 +138,7 @@ def svg(rows: Sequence[Row], servers: Sequence[str], title: str) -> str:
     for place, row in enumerate(shown):
         y = _TOP + _ROW * place
         parts.append(f'<text x="10" y="{y + 4}">{escape(row.what)}</text>')
-        for peer, color in zip(peers, _COLORS, strict=False):
+        for peer, color in zip(peers, itertools.cycle(_COLORS), strict=False):
             if ratio := row.ratio(peer):
                 words = escape(f"{peer}: {number(row.median(peer))} {row.unit}, gosshd: {number(row.median(OURS))} {row.unit}")  # fmt: skip
                 parts.append(f'<circle cx="{x(ratio):.1f}" cy="{y}" r="5" fill="{color}" fill-opacity="0.8"><title>{words}</title></circle>')  # fmt: skip

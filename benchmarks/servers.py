@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import importlib.util
 import os
 import pwd
@@ -49,11 +48,13 @@ class Site:
     folder: Path
     load: list[str]
     """The load generator's command."""
-    user: str = field(default_factory=getpass.getuser)
+    user: str = field(default_factory=lambda: pwd.getpwuid(os.geteuid()).pw_name)
 
     def __post_init__(self) -> None:
         self.notes: dict[str, list[str]] = defaultdict(list)
         """By server: what it could not do."""
+        self.failed = False
+        """Whether one of our own could not be measured."""
         self.home = self.folder / "home"
         (self.home / ".ssh").mkdir(parents=True, mode=0o700)
         for name in ("host", "key"):
@@ -154,13 +155,14 @@ class Running:
 
     def processes(self) -> list[int]:
         """Its own processes, the first one first; what it runs for clients are others."""
-        own = Path(f"/proc/{self.pid}/exe").readlink()
+        own = Path(f"/proc/{self.pid}/exe").readlink().name
         found, ask = [], [self.pid]
         while ask:
             pid = ask.pop()
             try:
                 children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-                same = Path(f"/proc/{pid}/exe").readlink() == own
+                # OpenSSH's newer ones are sshd, sshd-session and sshd-auth.
+                same = Path(f"/proc/{pid}/exe").readlink().name.startswith(own)
             except OSError:
                 continue  # it has ended
             if same:
@@ -185,13 +187,16 @@ class Running:
         """Proportional set size of its own processes, in KiB (proc_pid_smaps(5))."""
         total = 0
         for pid in self.processes():
-            for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-                if line.startswith("Pss:"):
-                    total += int(line.split()[1])
+            with suppress(OSError):  # it has ended
+                rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+                total += sum(
+                    int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:")
+                )
         return total
 
     def settle(self) -> None:
-        """Wait until the processes of former connections have ended."""
+        """Wait until the processes of former connections have ended, and what is left to do is done."""
+        time.sleep(0.2)
         end = time.monotonic() + 10
         while self.peer.forks and len(self.processes()) > 1 and time.monotonic() < end:
             time.sleep(0.01)
@@ -199,13 +204,15 @@ class Running:
 
 @dataclass(frozen=True)
 class Special:
-    """What is special about one of our own servers."""
+    """What is special about a server, mostly about one of our own."""
 
     workers: int = 1
     trace: str = ""
     """The file."""
     ballast: int = 0
     """MiB that it is larger."""
+    at_home: bool = False
+    """Of the peers: with the user's own home, since nobody logs in."""
 
 
 @contextmanager
@@ -278,9 +285,12 @@ def _began(pid: int) -> str:
 
 def pin(cpu: int, *, pinned: bool = True) -> list[str]:
     """What stands before a command that shall have one processor for itself."""
-    if not pinned or not {SERVER_CPU, CLIENT_CPU} <= os.sched_getaffinity(0):
-        return []
-    return ["taskset", "-c", str(cpu)]
+    return ["taskset", "-c", str(cpu)] if pinned and can_pin() else []
+
+
+def can_pin() -> bool:
+    """Whether server and clients can have a processor each."""
+    return {SERVER_CPU, CLIENT_CPU} <= os.sched_getaffinity(0)
 
 
 def free_port() -> int:
@@ -303,6 +313,8 @@ def _argv(name: str, port: int, site: Site, special: Special) -> list[str]:
         return [str(BUILD / "server"), f"127.0.0.1:{port}", str(site.folder / "host"), f"{site.key}.pub"]  # fmt: skip
     if name == OURS or name in VARIANTS:
         return _gosshd(VARIANTS.get(name, ""), port, site, special)
+    if special.at_home:
+        return _sshd(port, site) if name == "sshd" else _dropbear(port, site)
     # These two take the home from the password file: they get an empty one in a mount namespace.
     home = pwd.getpwnam(site.user).pw_dir
     serve = _sshd(port, site) if name == "sshd" else _dropbear(port, site)

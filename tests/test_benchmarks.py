@@ -87,13 +87,13 @@ def test_a_run_from_the_start_to_the_files(tmp_path: Path) -> None:
         assert row["ratio"]["gosshd"] == 1
     ET.parse(next(tmp_path.glob("*.svg")))
     assert "| ssh host true, ms |" in next(tmp_path.glob("*.md")).read_text()
-    assert not list(Path("/dev/shm").glob("benchmark-*"))
 
 
 @pytest.mark.parametrize(
     ("option", "value", "words"),
     [
         ("--servers", "gosshd,telnetd", "there is no telnetd; there are gosshd, sshd, dropbear, go"),
+        ("--servers", ",", "name one; there are gosshd, sshd"),
         ("--metrics", "speed", "there is no speed; there are true, prompt"),
     ],
 )  # fmt: skip
