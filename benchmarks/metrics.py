@@ -44,7 +44,7 @@ class Sizes:
     prompts: int = 5
     logins: int = 200
     echo_seconds: int = 3
-    bulk: int = 512
+    bulk: int = 256
     """MiB over pipes and sftp; a terminal gets a quarter."""
     idle: tuple[int, ...] = (400, 1000, 2000)
     """Sessions; of the middle number the CPU is measured."""

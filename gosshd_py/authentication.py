@@ -105,7 +105,8 @@ class Authenticator:
     ) -> tuple[Login, asyncssh.SSHKey]:
         """Whether a key or a certificate may enter, and the key that has to sign. Raises RejectedError.
 
-        The files are read anew, so that a key is out at the moment in which its line is.
+        The files are read anew, so that a key is out when its line is (but for the second in which
+        a connection that has asked for it signs: userauth.SAME_KEY).
         """
         read = _Reader()
         ca_keys = self._config.auth.trusted_user_ca_keys

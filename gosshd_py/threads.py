@@ -15,7 +15,7 @@ from contextlib import suppress
 from typing import Any
 
 MAX_THREADS = 256
-"""At a time, for the whole server."""
+"""At a time, for the whole process."""
 
 IDLE = 10.0
 """Seconds that a thread waits for more to do; to start one takes as long as most of what they do."""
