@@ -189,7 +189,9 @@ def _serve(file: str | None, flags: dict[str, Any]) -> None:
 async def _to_the_end(serving: Awaitable[None]) -> None:
     """A signal that comes behind the last connection would only spoil the exit status."""
     await serving
-    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().remove_signal_handler(number)
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _serve_by_several(config: Config, ready: Ready, again: Callable[[], Config]) -> int:
