@@ -225,7 +225,8 @@ def serving(
     environ = {**os.environ, "HOME": str(site.home)}
     if name == OURS or name in VARIANTS:
         environ["PYTHONPATH"] = str(HERE.parent)
-        environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or it would compile all modules at each start
+        # Or it would compile all modules at each start.
+        environ.pop("PYTHONDONTWRITEBYTECODE", None)
     log = site.folder / f"{name}.log"  # no pipe: a server waits for whoever does not read it
     began = time.monotonic()
     process = subprocess.Popen(
