@@ -10,6 +10,7 @@ import sys
 import textwrap
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -153,9 +154,12 @@ def _check(exercise: Exercise) -> bool:
 
 
 def _settled(running: Lab) -> bool:
-    """Whether every connection has ended, as far as the trace tells."""
-    names = [record["event"] for record in running.records()]
-    return names.count("tcp.closed") == names.count("tcp.accepted") > 0
+    """Whether every connection and every session has ended, as far as the trace tells."""
+    count = Counter(record["event"] for record in running.records())
+    return (
+        count["tcp.closed"] == count["tcp.accepted"] > 0
+        and count["session.ended"] == count["program.spawned"]
+    )
 
 
 # -- what is shown ---------------------------------------------------------------------------------------
