@@ -89,13 +89,12 @@ class Server:
     def _enter(self, transport: asyncio.Transport) -> asyncio.Protocol:
         """Who takes a new connection over."""
         trace = Trace(self._tell, self._worker.next_connection())
-        peer, local = (
-            Address(*transport.get_extra_info(name)[:2]) for name in ("peername", "sockname")
-        )
+        peer = Address(*transport.get_extra_info("peername")[:2])
+        local = Address(*transport.get_extra_info("sockname")[:2])
         fd = transport.get_extra_info("socket").fileno
         trace("tcp.accepted", peer=str(peer), local=str(local), fd=fd)
-        admission = self._shared.admission
-        words = self._shared.stopping or admission.reason_to_refuse(self.config, peer.host)
+        refuse = self._shared.admission.reason_to_refuse
+        words = self._shared.stopping or refuse(self.config, peer.host)
         return Refused(words, trace) if words else Transport(self._options, trace)
 
     @property
