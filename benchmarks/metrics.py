@@ -233,7 +233,7 @@ def _idle(name: str, site: Site, sizes: Sizes) -> dict[str, float]:
         except BenchmarkError as exc:
             if name == OURS:
                 raise
-            server.notes.append(f"with {few}, {some} and {many} sessions: {exc}")
+            site.notes[name].append(f"with {few}, {some} and {many} sessions: {exc}")
     return seen
 
 

@@ -150,8 +150,6 @@ class Running:
     site: Site
     started: float
     """Seconds from the start to its first words to a client."""
-    notes: list[str]
-    """What it could not do."""
 
     def processes(self) -> list[int]:
         """Its own processes, the first one first; what it runs for clients are others."""
@@ -159,28 +157,22 @@ class Running:
         found, ask = [], [self.pid]
         while ask:
             pid = ask.pop()
-            try:
-                children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+            with suppress(OSError):  # it has ended
                 # OpenSSH's newer ones are sshd, sshd-session and sshd-auth.
-                same = Path(f"/proc/{pid}/exe").readlink().name.startswith(own)
-            except OSError:
-                continue  # it has ended
-            if same:
-                found.append(pid)
-                ask += map(int, children)
+                if Path(f"/proc/{pid}/exe").readlink().name.startswith(own):
+                    found.append(pid)
+                    ask += _children(pid)
         return found
 
     def cpu(self) -> float:
         """Seconds of processor time that its own processes have taken, with those that ended."""
         ticks = 0
         for pid in self.processes():
-            try:
-                stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            ticks += int(stat[11]) + int(stat[12])
-            if self.peer.forks and pid == self.pid:
-                ticks += int(stat[13]) + int(stat[14])
+            with suppress(OSError):  # it has ended
+                stat = _stat(pid)
+                ticks += int(stat[11]) + int(stat[12])
+                if self.peer.forks and pid == self.pid:
+                    ticks += int(stat[13]) + int(stat[14])
         return ticks / os.sysconf("SC_CLK_TCK")
 
     def memory(self) -> float:
@@ -240,9 +232,7 @@ def serving(
                 words = log.read_text(errors="replace").strip()[-500:]
                 raise BenchmarkError(f"{name} does not start: {words or 'it says nothing'}")
             time.sleep(0.001)
-        yield Running(
-            PEERS[name], port, process.pid, site, time.monotonic() - began, site.notes[name]
-        )
+        yield Running(PEERS[name], port, process.pid, site, time.monotonic() - began)
     finally:
         _end(process)
 
@@ -267,20 +257,26 @@ def descendants(pid: int) -> dict[int, str]:
     found: dict[int, str] = {}
     ask = [pid]
     while ask:
-        at = ask.pop()
-        try:
-            children = Path(f"/proc/{at}/task/{at}/children").read_text().split()
-        except OSError:
-            continue
-        for child in map(int, children):
-            found[child] = _began(child)
-            ask.append(child)
+        with suppress(OSError):  # it has ended
+            for child in _children(ask.pop()):
+                found[child] = _began(child)
+                ask.append(child)
     return found
+
+
+def _children(pid: int) -> list[int]:
+    """Raises OSError where it has ended."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def _stat(pid: int) -> list[str]:
+    """proc_pid_stat(5) from the third field on. Raises OSError where it has ended."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
 def _began(pid: int) -> str:
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        return _stat(pid)[19]
     except OSError:
         return ""
 
@@ -315,11 +311,11 @@ def _argv(name: str, port: int, site: Site, special: Special) -> list[str]:
         return [str(BUILD / "server"), f"127.0.0.1:{port}", str(site.folder / "host"), f"{site.key}.pub"]  # fmt: skip
     if name == OURS or name in VARIANTS:
         return _gosshd(VARIANTS.get(name, ""), port, site, special)
+    serve = _sshd(port, site) if name == "sshd" else _dropbear(port, site)
     if special.at_home:
-        return _sshd(port, site) if name == "sshd" else _dropbear(port, site)
+        return serve
     # These two take the home from the password file: they get an empty one in a mount namespace.
     home = pwd.getpwnam(site.user).pw_dir
-    serve = _sshd(port, site) if name == "sshd" else _dropbear(port, site)
     return ["unshare", "-m", "sh", "-c", f'mount --bind {site.home} {home} && exec "$@"', "sh", *serve]  # fmt: skip
 
 

@@ -51,7 +51,7 @@ class PtyHandle(PtyProcess):  # type: ignore[misc]  # no types
 
     def __init__(self, pid: int, fd: int) -> None:
         # Not PtyProcess's own: it adds two buffers of 8 KiB that nobody here reads by, which was
-        # a third of what an idle session needs.
+        # a quarter of what an idle session needs.
         self.pid, self.fd = pid, fd
         self.fileobj = io.FileIO(fd, "r+")
 

@@ -101,12 +101,11 @@ class Supervisor:
             while self._due or self._pids:
                 self._start_what_is_due()
                 readable, _, _ = select.select([self._woken, self._ready], [], [], self._pause())
-                if self._ready in readable and len(self._served) < self._count:
+                if self._ready in readable:
+                    before = len(self._served)
                     self._served |= set(os.read(self._ready, 256))
-                    if len(self._served) == self._count:
+                    if before < len(self._served) == self._count:
                         when_ready()
-                elif self._ready in readable:
-                    os.read(self._ready, 256)
                 if self._woken in readable:
                     for number in os.read(self._woken, 256):
                         self._heed(number)
