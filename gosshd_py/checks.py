@@ -136,15 +136,21 @@ def check_listen(config: Config) -> list[str]:
 
 
 def check_reload(old: Config, new: Config, bound: Iterable[Address]) -> None:
-    """Never open by a reload what had accounts, or what others can reach. Raises ConfigError.
+    """Refuse what a reload cannot do, and what it must not. Raises ConfigError.
 
-    A file that was truncated, or is just being written, has no accounts, either. bound: where the
-    server listens, which a reload does not change.
+    It never opens what had accounts, or what others can reach: a file that was truncated, or is
+    just being written, has no accounts, either. bound: where the server listens, which a reload
+    does not change.
     """
     reachable = any(not is_loopback(address.host) for address in bound)
     if new.open_mode and (not old.open_mode or (reachable and not new.open_to_network)):
         problem = "there are none, which would let everybody in; restart the server if you mean it"
         raise ConfigError([f"accounts: {problem}"])
+    if new.core_dumps and not old.core_dumps and resource.getrlimit(resource.RLIMIT_CORE)[1] == 0:
+        problem = (
+            "the server was started where nobody wanted core dumps, and may make none; restart it"
+        )
+        raise ConfigError([f"rlimits: {problem}"])
 
 
 _NUL = "holds a NUL character, which no name can; take it out"

@@ -12,8 +12,8 @@ import structlog
 
 from .accounts import SFTP_SERVERS, Account
 from .authentication import Login
+from .launch import Command
 from .lifecycle import SpawnError, Start
-from .process import Command
 from .requests import env_allowed
 from .threads import in_thread
 
@@ -35,14 +35,25 @@ def _subsystem(account: Account, name: bytes) -> bytes:
     return shlex.join(["exec", *words, *(["-R"] if account.read_only else [])]).encode()
 
 
-async def prepare_home(account: Account) -> None:
-    """Make a home that is missing; without one the session starts in / and says so."""
+async def prepare_home(account: Account) -> bool:
+    """Make a home that is missing; without one the session starts in / and says so.
+
+    Returns whether the server itself may enter it, which is not asked about other users' homes.
+    """
+    if account.run_as is not None and not account.makes_home:
+        return False
     try:
-        if account.makes_home:
-            await in_thread(account.make_home)
+        return bool(await in_thread(lambda: _make_and_enter(account)))
     except OSError as exc:
-        reason = str(exc.strerror or exc)
-        log.warning("home not made", user=account.name, home=account.home, reason=reason)
+        if account.makes_home:
+            reason = str(exc.strerror or exc)
+            log.warning("home not made", user=account.name, home=account.home, reason=reason)
+        return False
+
+
+def _make_and_enter(account: Account) -> bool:
+    account.make_home()
+    return account.run_as is None and os.access(f"{account.home}/.", os.X_OK)
 
 
 def facts_of(request: Start) -> dict[str, object]:

@@ -285,6 +285,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         return self.accounts is None and not self.auth.trusted_user_ca_keys
 
     @property
+    def core_dumps(self) -> bool:
+        """Whether somebody's programs may leave core dumps."""
+        own = [account.rlimits for account in (self.accounts or {}).values()]
+        return any(rlimits is not None and rlimits.core for rlimits in (self.rlimits, *own))
+
+    @property
     def worker_count(self) -> int:
         """How many processes serve."""
         return len(os.sched_getaffinity(0)) if self.workers == "auto" else self.workers

@@ -16,8 +16,8 @@ import structlog
 from .checks import warnings_of
 from .config import Config, ConfigError
 from .hostkeys import HostKeyError
+from .launch import forbid_core_dumps, raise_nofile, reset_signals
 from .lifecycle import Tell
-from .process import raise_nofile, reset_signals
 from .server import Server
 from .threads import in_thread
 from .trace import Output, TraceFile, Tracer
@@ -58,6 +58,8 @@ async def serve(
         loop.add_reader(worker.supervisor, stop.set)
     reset_signals()
     raise_nofile()
+    if not config.core_dumps:
+        forbid_core_dumps()
     with traced(config) as tell:
         async with Server(config, tell, worker) as server:
             keep_what_is_loaded()

@@ -302,11 +302,9 @@ class Ending:
     @property
     def facts(self) -> dict[str, object]:
         """For the log and for a trace."""
+        counted = ("cause", "bytes_in", "bytes_out", "delivered")
         return {
-            **{
-                name: getattr(self, name)
-                for name in ("cause", "bytes_in", "bytes_out", "delivered")
-            },
+            **{name: getattr(self, name) for name in counted},
             "exit": str(self.status) if self.status else None,
             "seconds": round(self.seconds, 3),
         }

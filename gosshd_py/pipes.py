@@ -10,8 +10,9 @@ import asyncio
 import os
 import signal
 
+from .launch import Command
 from .lifecycle import ExitStatus, SpawnError, WindowSize
-from .process import Child, Command, Descriptor, spawn
+from .process import Child, Descriptor, spawn
 
 EOF_GRACE = 0.3
 """Seconds between closing the pipes and SIGHUP: most programs end at EOF or SIGPIPE by themselves."""

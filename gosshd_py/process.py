@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import os
-import resource
-import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
 
+from .launch import Command, way_to_start
 from .lifecycle import SILENT, ExitStatus, SpawnError, Trace
 
 CHUNK = 64 * 1024
@@ -25,64 +23,32 @@ CHUNK = 64 * 1024
 PTY_MOST = 4095
 """Bytes that one read(2) of a terminal gives, at most one more than this."""
 
-_SETPRIV = shutil.which("setpriv") or "/usr/bin/setpriv"  # looked up once, in our own PATH
-
 KILL_WAIT = 1.0
 """Seconds to wait for a child after SIGKILL; only one stuck in the kernel takes longer."""
-
-
-@dataclass(frozen=True, slots=True)
-class Command:
-    """What to execute: absolute path and arguments, and the whole environment.
-
-    client_env: what the client adds to it. It is not there before the user is changed, or a
-    client could choose what root runs and loads (PATH, LD_PRELOAD).
-    run_as: (uid, gid) to become, with that user's groups; None keeps the server's own.
-    umask: octal digits; None keeps the server's own.
-    rlimits: by their names in setrlimit(2) without RLIMIT_, small, and in its units.
-    trace: where to tell of the program's life.
-    """
-
-    argv: Sequence[str | bytes]
-    env: Mapping[str, str] = field(default_factory=dict)
-    client_env: Mapping[str, bytes] = field(default_factory=dict)
-    run_as: tuple[int, int] | None = None
-    umask: str | None = None
-    rlimits: Mapping[str, int] = field(default_factory=dict)
-    trace: Trace = SILENT
-
-
-# Runs in the child, so as the shell's user: a home that only that user may enter is no trouble.
-_CHDIR = """cd -- "$HOME" 2>/dev/null || {
-  echo "gosshd: cannot enter the home directory $HOME, starting in /" >&2; cd /; }
-unset OLDPWD
-"""
-# The variables come as NAME=VALUE in others whose names mean nothing to setpriv; as arguments, every
-# user of the machine could read them.
-_EXPORT = "GOSSHD_EXPORT_{}"
 
 
 def spawn(command: Command, *, stdin: int, stdout: int, stderr: int, terminal: bool) -> Child:
     """Start command in a session (setsid(2)) of its own. Raises SpawnError with the reason.
 
     Popen uses vfork: no Python code runs in the child, and the loop stands still for about
-    a millisecond, whatever the server's memory. What has to be done between fork and
-    exec is done by setpriv(1) and a POSIX shell, which then become the program.
+    a millisecond, whatever the server's memory.
     """
     program = command.argv[0]
     if any("\0" in os.fsdecode(word) for word in command.argv):
         raise SpawnError("the command holds a NUL byte, which no argument can")
     if not os.access(program, os.X_OK):
         raise SpawnError(f"{os.fsdecode(program)}: not found or not executable on this server")
-    exports = [_EXPORT.format(number) for number in range(len(command.client_env))]
-    script = launcher(command, exports, terminal=terminal)
-    assignments = [f"{name}=".encode() + value for name, value in command.client_env.items()]
-    env: dict[str, str | bytes] = {**command.env, **dict(zip(exports, assignments, strict=True))}
-    argv = [*_become(command.run_as), "/bin/sh", "-c", script, "sh", *command.argv]
+    argv, env, cwd = way_to_start(command, terminal=terminal)
     began = time.monotonic()
     try:
         popen = subprocess.Popen(
-            argv, env=env, stdin=stdin, stdout=stdout, stderr=stderr, start_new_session=True
+            argv,
+            env=env,
+            cwd=cwd,
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
+            start_new_session=True,
         )
     except (OSError, ValueError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) else str(exc)
@@ -100,77 +66,6 @@ def spawn(command: Command, *, stdin: int, stdout: int, stderr: int, terminal: b
         us=int((time.monotonic() - began) * 1e6),
     )  # fmt: skip
     return child
-
-
-def launcher(command: Command, exports: Sequence[str], *, terminal: bool) -> str:
-    """What /bin/sh does in the child before it becomes the program. exports: names of NAME=VALUEs."""
-    # A session leader without a controlling terminal gets the first one it opens (credentials(7),
-    # tty(4)). Popen has called setsid(2); opening the pty by name does the rest.
-    take_terminal = 'exec <>"$SSH_TTY" >&0 2>&0\n' if terminal else ""
-    export = "".join(f'export "${name}"; unset {name}\n' for name in exports)
-    return take_terminal + _confine(command) + _CHDIR + export + 'exec "$@"'
-
-
-_ULIMIT = {
-    "nofile": "ulimit -n {}",
-    "nproc": "ulimit -u {0} 2>/dev/null || ulimit -p {0}",  # bash's letter, then dash's
-    "core": "ulimit -c {}",
-    "cpu": "ulimit -t {}",
-    "as": "ulimit -v {}",
-}
-_ULIMIT_UNITS = {"core": 512, "as": 1024}
-"""Bytes in a unit of the shell's ulimit, where the unit is not that of setrlimit(2)."""
-
-
-def _confine(command: Command) -> str:
-    """The launcher's lines for umask and limits; without its limits no program starts."""
-    lines = [f"umask {command.umask}"] if command.umask else []
-    if "nofile" not in command.rlimits and _inherited_nofile is not None:
-        lines.append(f"ulimit -S -n {_inherited_nofile}")
-    for name, value in command.rlimits.items():
-        ulimit = _ULIMIT[name].format(value // _ULIMIT_UNITS.get(name, 1))
-        lines.append(
-            f'{{ {ulimit}; }} || {{ echo "gosshd: cannot set the limit {name}" >&2; exit 1; }}'
-        )
-    return "".join(f"{line}\n" for line in lines)
-
-
-_inherited_nofile: int | None = None
-"""The soft limit that we were started with, if it is another one now."""
-
-
-def raise_nofile() -> None:
-    """Let the server have as many open files as it may; programs get back what it was started with.
-
-    A session takes about four, and 1,024 is a common soft limit.
-    """
-    global _inherited_nofile  # noqa: PLW0603  # a property of the process, as the limit is
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        _inherited_nofile = soft
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def _become(run_as: tuple[int, int] | None) -> list[str]:
-    # Popen(user=…) would give up vfork and so fork the whole server.
-    if run_as is None:
-        return []
-    uid, gid = run_as
-    return [_SETPRIV, f"--reuid={uid}", f"--regid={gid}", "--init-groups", "--"]
-
-
-def reset_signals() -> None:
-    """Make sure that no child starts with a signal ignored or blocked by how we were started.
-
-    A server that a script starts with `&` has SIGINT and SIGQUIT ignored, under nohup SIGHUP,
-    and an ignored signal stays ignored across exec: ^C would do nothing in anybody's shell. A
-    handler, even an empty one, becomes the default at exec.
-    """
-    signal.pthread_sigmask(signal.SIG_SETMASK, [])
-    restored_by_popen = {signal.SIGPIPE, signal.SIGXFSZ}
-    for number in signal.valid_signals() - restored_by_popen:
-        if signal.getsignal(number) is signal.SIG_IGN:
-            signal.signal(number, lambda *_: None)
 
 
 class Child:

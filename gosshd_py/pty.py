@@ -23,9 +23,10 @@ from typing import Any
 
 from ptyprocess import PtyProcess
 
+from .launch import Command
 from .lifecycle import ExitStatus, SpawnError, Terminal, WindowSize
 from .modes import set_modes
-from .process import Child, Command, Descriptor, spawn
+from .process import Child, Descriptor, spawn
 
 QUIET = 0.25
 """Seconds without output after which an ended program's terminal counts as read to the end."""

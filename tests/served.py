@@ -30,7 +30,8 @@ from gosshd_py.connection import Connection
 from gosshd_py.daemon import keep_what_is_loaded, traced
 from gosshd_py.flow import ChannelOutput
 from gosshd_py.hostkeys import known_hosts_lines
-from gosshd_py.process import Descriptor, raise_nofile, reset_signals
+from gosshd_py.launch import forbid_core_dumps, raise_nofile, reset_signals
+from gosshd_py.process import Descriptor
 from gosshd_py.pty import PtyProgram
 from gosshd_py.server import Server
 
@@ -60,6 +61,8 @@ async def main() -> None:
     logs.configure("json")
     reset_signals()
     raise_nofile()
+    if not config.core_dumps:
+        forbid_core_dumps()
     stop = asyncio.Event()
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     with traced(config) as tell:

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import os
+import resource
 import signal
 import subprocess
+import sys
 import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import asyncssh
 import pytest
+
+from gosshd_py import launch, process
+from gosshd_py.launch import Command
 
 from .serving import Served, alive, run, wait_for
 
@@ -247,3 +257,98 @@ def test_a_long_output_to_a_slow_reader_is_whole(server: Served) -> None:
             assert process.exit_status == 3
 
     run(main())
+
+
+# -- with a shell between fork and exec, and without --------------------------------------------------
+
+WHAT_IT_FINDS = """
+import json, os, resource, signal, sys
+print(json.dumps({
+    "environment": dict(os.environ),
+    "directory": os.getcwd(),
+    "umask": os.umask(0),
+    "limits": {name: resource.getrlimit(getattr(resource, name)) for name in dir(resource) if name.startswith("RLIMIT_")},
+    "leads": [os.getpid() == os.getsid(0), os.getpid() == os.getpgid(0)],
+    "signals": [line.split() for line in open("/proc/self/status") if line.startswith("Sig") and "Sigq" not in line],
+    "descriptors": sorted(os.listdir("/proc/self/fd")),
+    "arguments": sys.argv,
+}))
+"""
+
+
+def found(command: Command) -> dict[str, Any]:
+    """What a program finds that is started so, beside its pid."""
+    into, out_of = os.pipe()
+    try:
+
+        async def main() -> int:
+            with open(os.devnull) as nothing:
+                child = process.spawn(
+                    command, stdin=nothing.fileno(), stdout=out_of, stderr=2, terminal=False
+                )
+            return (await child.ended).code
+
+        assert run(main()) == 0
+    finally:
+        os.close(out_of)
+    with open(into) as output:
+        things: dict[str, Any] = json.load(output)
+    return things
+
+
+@pytest.fixture
+def plain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
+    """One that needs nothing between fork and exec."""
+    monkeypatch.setattr(launch, "_inherited_nofile", None)
+    home = tmp_path / "a home"
+    home.mkdir()
+    argv = ["/usr/bin/env", sys.executable, "-I", "-c", WHAT_IT_FINDS, "an argument", "$HOME"]
+    env = {"HOME": str(home), "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"}
+    client_env = {"LC_ALL": b"C", "BYTES": b"\xff $(false) 'x'\n", "PATH": b"/bin", "OLDPWD": b"/"}
+    return Command(argv, env, client_env, home_entered=True)
+
+
+def test_a_program_finds_the_same_with_a_shell_in_between_and_without(plain: Command) -> None:
+    through_a_shell = replace(plain, home_entered=False)
+    assert launch._directly(plain) is not None
+    assert launch._directly(through_a_shell) is None
+    things = found(plain)
+    assert things == found(through_a_shell)
+    assert things["directory"] == things["environment"]["PWD"] == plain.env["HOME"]
+    assert things["environment"]["PATH"] == "/bin"
+    assert things["leads"] == [True, True]
+
+
+@pytest.mark.parametrize(
+    "needs",
+    [
+        lambda _: {"run_as": (0, 0)},
+        lambda _: {"umask": "027"},
+        lambda limit: {"rlimits": {"core": 0, "nofile": limit - 1}},
+    ],
+)
+def test_what_only_a_shell_in_between_can_do_is_done(
+    plain: Command, needs: Callable[[int], dict[str, Any]]
+) -> None:
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    assert launch._directly(replace(plain, **needs(hard))) is None
+
+
+def test_limits_that_are_in_force_already_need_no_shell(
+    plain: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_force = {resource.RLIMIT_CORE: (0, 0), resource.RLIMIT_NOFILE: (100, 200)}
+    monkeypatch.setattr(resource, "getrlimit", in_force.__getitem__)
+    assert launch._directly(replace(plain, rlimits={"core": 0})) is not None
+    assert launch._directly(replace(plain, rlimits={"core": 0, "nofile": 200})) is None
+    monkeypatch.setattr(launch, "_inherited_nofile", 100)
+    assert launch._directly(replace(plain, rlimits={"core": 0})) is None
+
+
+def test_what_is_no_home_is_told_of(serve: Callable[..., Served], tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch(0o755)
+    result = serve(home=str(file)).ssh("pwd")
+    words = f"gosshd: cannot enter the home directory {file}, starting in /\n"
+    assert result.stderr.decode().startswith(words)  # and bash, too, has something to say of it
+    assert result.stdout == b"/\n"

@@ -27,7 +27,7 @@ import pytest
 from asyncssh.packet import String
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from gosshd_py import authorized_keys, checks, local, passwords, process
+from gosshd_py import authorized_keys, checks, launch, local, passwords, process
 from gosshd_py.authentication import Authenticator
 from gosshd_py.config import AccountSettings, Config
 from gosshd_py.counts import Times
@@ -585,7 +585,7 @@ def test_variables_are_nobody_elses_to_read(monkeypatch: pytest.MonkeyPatch) -> 
         raise OSError(1, "no")
 
     monkeypatch.setattr(subprocess, "Popen", popen)
-    command = process.Command(["/bin/sh"], {"HOME": "/"}, {"TOKEN": b"s3cr3t", "LD_PRELOAD": b"x"})
+    command = launch.Command(["/bin/sh"], {"HOME": "/"}, {"TOKEN": b"s3cr3t", "LD_PRELOAD": b"x"})
     with pytest.raises(SpawnError):
         process.spawn(command, stdin=0, stdout=1, stderr=2, terminal=False)
     ((argv, env),) = seen

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -334,3 +335,20 @@ def test_check_shows_lines_of_keys_that_will_not_be_used(tmp_path: Path, key: Ke
         f"accounts.alice: {keys}:2: the option no-user-rc is not supported; nobody can use this key"
     )
     assert f"gosshd: warning: {warning}" in result.stderr.splitlines()
+
+
+def test_core_dumps_that_nobody_wanted_at_the_start_cannot_be_had_by_a_reload(
+    start: Start, key: Key, tmp_path: Path
+) -> None:
+    config = tmp_path / "lab.toml"
+    config.write_text(account("alice", key))
+    it = start("--config", config, "--listen", "127.0.0.1:0", "--log-format", "json")
+    it.wait_until_ready()
+    assert resource.prlimit(it.process.pid, resource.RLIMIT_CORE) == (0, 0)
+    config.write_text("rlimits = {core = 4096}\n" + account("alice", key))
+    hangup(it)
+    (event,) = it.events("not reloaded")
+    assert event["reason"].startswith("rlimits: ")
+    assert event["reason"].endswith("; restart it")
+    assert enters(it, key, "alice")
+    assert it.stop() == 0

@@ -14,7 +14,7 @@ from .. import logs
 from ..config import Config
 from ..daemon import traced
 from ..hostkeys import known_hosts_lines
-from ..process import reset_signals
+from ..launch import reset_signals
 from ..server import Server
 from .faults import fault
 

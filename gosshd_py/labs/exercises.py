@@ -11,7 +11,8 @@ from typing import Any
 
 from ..channel import Channel
 from ..flow import Flow
-from ..process import Child, Descriptor, launcher
+from ..launch import launcher
+from ..process import Child, Descriptor
 from ..pty import PtyProgram
 from ..session import _drained
 from . import faults

@@ -17,9 +17,10 @@ from unittest import mock
 
 from .. import connection, pipes, process, pty
 from ..channel import Channel
+from ..launch import Command
 from ..lifecycle import Cause, ExitStatus
 from ..pipes import PipeInput, PipeProgram
-from ..process import Child, Command, Descriptor
+from ..process import Child, Descriptor
 from ..pty import PtyProgram
 from ..session import Source
 
