@@ -180,7 +180,7 @@ class Channel(Flow, asyncssh.SSHServerSession[bytes]):
 
     def notice(self, text: str) -> None:
         """Put a line on the client's standard error, if there is room for it now."""
-        if self._window_open.is_set() and not self.wire.is_closing():
+        if self.full is None and not self.wire.is_closing():
             self.wire.write(f"{text}\r\n".encode(), asyncssh.EXTENDED_DATA_STDERR)
 
     # -- while it runs ------------------------------------------------------------------------

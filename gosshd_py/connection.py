@@ -50,8 +50,6 @@ class Connection(Forwards):
         self.accept_env: Collection[str] = config.accept_env
         self.request_timeout = config.request_timeout
         self.turn = shared.turn
-        self.transport_open = asyncio.Event()
-        self.transport_open.set()
         self._began = time.monotonic()
         self.sessions = 0
 
@@ -65,7 +63,7 @@ class Connection(Forwards):
         super().connection_lost(exc)
         self.close_forwards()
         self._shared.connections.discard(self)
-        self.transport_open.set()
+        self.make_room()
         # UnicodeError: an identification string that is not ASCII.
         theirs = (asyncssh.Error, OSError, UnicodeError, PacketDecodeError)
         ours = not (exc is None or isinstance(exc, theirs))
@@ -83,12 +81,12 @@ class Connection(Forwards):
 
     def pause_writing(self) -> None:
         """TCP is full."""
-        self.transport_open.clear()
+        self.fill()
         self.trace("tcp.paused")
 
     def resume_writing(self) -> None:
         """TCP takes more."""
-        self.transport_open.set()
+        self.make_room()
         self.trace("tcp.resumed")
 
     # -- RFC 4254 -----------------------------------------------------------------------------

@@ -18,11 +18,27 @@ INPUT_HIGH = 64 * 1024
 """Bytes of input held before reading from the channel stops."""
 
 
+class Fillable:
+    """What can be full: a channel's window, or the TCP buffer below it."""
+
+    full: asyncio.Future[None] | None = None
+    """While it is: done when it takes more. (An asyncio.Event would be 700 bytes for each session.)"""
+
+    def fill(self) -> None:
+        """It takes no more for now."""
+        self.full = self.full or asyncio.get_running_loop().create_future()
+
+    def make_room(self) -> None:
+        """It takes more, or whoever waits need not wait any longer."""
+        if self.full is not None:
+            self.full.set_result(None)
+            self.full = None
+
+
 class FlowHost(Protocol):
     """What the flow of a channel asks of its connection."""
 
-    transport_open: asyncio.Event
-    """Set while the connection's TCP buffer takes more."""
+    full: asyncio.Future[None] | None
 
     def channel_closed(self, channel: Any) -> None: ...
 
@@ -87,7 +103,7 @@ class ChannelOutput:
         await self._channel.writable()
 
 
-class Flow:
+class Flow(Fillable):
     """A channel's bytes and its end: the part of session.Channel that all kinds have.
 
     active: when the last byte went in either direction (the loop's time).
@@ -100,8 +116,6 @@ class Flow:
         self._loop = asyncio.get_running_loop()
         self.channel_host = host
         self.active = self._loop.time()
-        self._window_open = asyncio.Event()
-        self._window_open.set()
         self.stdin = ChannelInput(self)
         self.outputs = (ChannelOutput(self), ChannelOutput(self, asyncssh.EXTENDED_DATA_STDERR))
         self.ended: asyncio.Future[Cause] = self._loop.create_future()
@@ -127,19 +141,18 @@ class Flow:
 
     def pause_writing(self) -> None:
         """The client's window is full."""
-        self._window_open.clear()
+        self.fill()
         self.trace("window.paused")
 
     def resume_writing(self) -> None:
         """All output fits the client's window."""
-        self._window_open.set()
+        self.make_room()
         self.trace("window.resumed")
 
     async def writable(self) -> None:
         """Wait until window and TCP both take more, or the connection has ended."""
-        while not (self._window_open.is_set() and self.channel_host.transport_open.is_set()):
-            await self._window_open.wait()
-            await self.channel_host.transport_open.wait()
+        while full := self.full or self.channel_host.full:
+            await asyncio.wait({full})
 
     def end(self, cause: Cause, text: str = "") -> None:
         """Ask for the end, for this cause; the first cause wins. text: for who can be told."""
@@ -151,4 +164,4 @@ class Flow:
     def connection_lost(self, exc: Exception | None) -> None:
         """The channel is gone: by the client's CLOSE, or with its connection."""
         self.end(Cause.CLIENT_CLOSED)
-        self._window_open.set()
+        self.make_room()

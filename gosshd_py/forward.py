@@ -23,7 +23,7 @@ from asyncssh.channel import SSHAgentChannel
 
 from .accounts import Account
 from .authentication import Login
-from .flow import Flow
+from .flow import Fillable, Flow
 from .lifecycle import Cause
 from .limits import SessionClock
 from .places import ForbiddenError, check_asked, check_found, check_path, is_address
@@ -225,18 +225,18 @@ def _prohibited(reason: str) -> asyncssh.ChannelOpenError:
 # -- who may ---------------------------------------------------------------------------------------
 
 
-class Forwards(Entrance):
+class Forwards(Entrance, Fillable):
     """What asyncssh asks about forwards. A part of connection.py's Connection."""
 
-    transport_open: asyncio.Event
+    __slots__ = ("_agent", "_answering", "_files", "_listeners", "_names", "_open")
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._open: set[Flow] = set()
+        self._open: list[Flow] = []
         self._listeners: dict[tuple[str, int] | str, Listener] = {}
         self._agent: tuple[Listener, str] | None = None
         self._names, self._files = Threads(), Threads()
-        self._answering: set[asyncio.Future[bool]] = set()
+        self._answering: list[asyncio.Future[bool]] = []
 
     @property
     def who(self) -> dict[str, object]:
@@ -297,14 +297,18 @@ class Forwards(Entrance):
             raise ForbiddenError(f"this connection has {most} forwards, which is the limit")
 
     def _admit(self, forward: Forward) -> None:
-        self._open.add(forward)
+        self._open.append(forward)
         self.limit_time(0)
 
     def channel_closed(self, channel: Flow) -> None:
         """A forward's channel has ended."""
         if isinstance(channel, Forward):
-            self._open.discard(channel)
+            self._forget(channel)
             channel.drop()
+
+    def _forget(self, forward: Forward) -> None:
+        if forward in self._open:
+            self._open.remove(forward)
 
     def close_forwards(self) -> None:
         """The connection has ended."""
@@ -450,13 +454,13 @@ class Forwards(Entrance):
             raise
         finally:
             if forward.dropped:
-                self._open.discard(forward)
+                self._forget(forward)
 
     async def listen_path(self, path: str) -> bool:
         """streamlocal-forward@openssh.com."""
         answer: asyncio.Future[bool] = asyncio.ensure_future(self._listen_path(path))
-        self._answering.add(answer)
-        answer.add_done_callback(self._answering.discard)
+        self._answering.append(answer)
+        answer.add_done_callback(self._answering.remove)
         return await answer
 
     async def when_listening(self, channel: _Channel) -> _Channel:

@@ -242,12 +242,9 @@ class ExitStatus:
         return f"signal {self.signal_name}" if self.signal else f"status {self.code}"
 
 
-_RFC_SIGNALS = frozenset(
-    (
-        *("ABRT", "ALRM", "FPE", "HUP", "ILL", "INT", "KILL"),
-        *("PIPE", "QUIT", "SEGV", "TERM", "USR1", "USR2"),
-    )
-)
+_RFC_SIGNALS = {
+    "ABRT", "ALRM", "FPE", "HUP", "ILL", "INT", "KILL", "PIPE", "QUIT", "SEGV", "TERM", "USR1", "USR2",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -229,8 +229,9 @@ class Sessions:
         self._counts = counts
         self._account = account
         self._channels: set[object] = set()
-        self._running: set[object] = set()
-        self._counted: set[object] = set()
+        """Those that the client has not closed."""
+        self._counted: dict[object, bool] = {}
+        """Those that take room, and whether a program runs on them."""
 
     @property
     def here(self) -> int:
@@ -245,28 +246,23 @@ class Sessions:
     def opened(self, channel: object) -> None:
         """A channel was asked for."""
         self._channels.add(channel)
-        self._counted.add(channel)
+        self._counted[channel] = False
         self._counts.opened(self._account)
 
     def started(self, channel: object) -> None:
         """It has a program, which may outlive it for a moment."""
-        self._running.add(channel)
+        if channel in self._counted:
+            self._counted[channel] = True
 
     def closed(self, channel: object) -> None:
         """The client's CLOSE has come, or the connection has ended."""
         self._channels.discard(channel)
-        if channel not in self._running:
-            self.done(channel)
+        if not self._counted.get(channel):
+            self.ended(channel)
 
     def ended(self, channel: object) -> None:
-        """Its program has."""
-        self._running.discard(channel)
-        self.done(channel)
-
-    def done(self, channel: object) -> None:
-        """It takes no room any more."""
-        if channel in self._counted:
-            self._counted.remove(channel)
+        """Its program has, or there is none: it takes no room any more."""
+        if self._counted.pop(channel, None) is not None:
             self._counts.closed(self._account)
 
 
@@ -285,38 +281,36 @@ class Timed(Protocol):
 class SessionClock:
     """Ends a session that has been idle, or has lasted, for too long; warns its terminal before."""
 
+    __slots__ = ("_began", "_channel", "_limit_hit", "_loop", "_timers")
+
     def __init__(self, channel: Timed, config: Config, limit_hit: Callable[..., None]) -> None:
         self._channel = channel
         self._limit_hit = limit_hit
         self._loop = asyncio.get_running_loop()
         self._timers: dict[Cause, asyncio.TimerHandle] = {}
-        began = self._loop.time()
-        if config.idle_timeout:
-            self._watch(Cause.IDLE, config.idle_timeout, lambda: channel.active)
-        if config.session_timeout:
-            self._watch(Cause.TIME_LIMIT, config.session_timeout, lambda: began)
+        self._began = self._loop.time()
+        for cause, seconds in (
+            (Cause.IDLE, config.idle_timeout),
+            (Cause.TIME_LIMIT, config.session_timeout),
+        ):
+            if seconds:
+                self._look(cause, seconds)
 
-    def _watch(self, cause: Cause, seconds: float, since: Callable[[], float]) -> None:
-        """Look when the time to warn, and the time to end, would come, and again if it moved."""
-        warn_after = max(seconds - WARNING, seconds / 2)
-
-        def look(warned_for: float = -1.0) -> None:
-            start, now = since(), self._loop.time()
-            if now >= start + seconds:
-                self._limit_hit(_NAMES[cause], seconds=seconds)
-                self._channel.end(cause, _WORDS[cause].format(f"{seconds:g}"))
-                return
-            due = start + warn_after
-            if now >= due:
-                if warned_for != start and self._channel.has_terminal:
-                    self._channel.notice(
-                        "\r\ngosshd: "
-                        + _WARNINGS[cause].format(f"{math.ceil(start + seconds - now)}")
-                    )
-                due, warned_for = start + seconds, start
-            self._timers[cause] = self._loop.call_at(due, look, warned_for)
-
-        look()
+    def _look(self, cause: Cause, seconds: float, warned_for: float = -1.0) -> None:
+        """Warn, or end, if it is time; and look again when it would be, though it may move."""
+        start = self._channel.active if cause is Cause.IDLE else self._began
+        now, end = self._loop.time(), start + seconds
+        if now >= end:
+            self._limit_hit(_NAMES[cause], seconds=seconds)
+            self._channel.end(cause, _WORDS[cause].format(f"{seconds:g}"))
+            return
+        due = start + max(seconds - WARNING, seconds / 2)
+        if now >= due:
+            if warned_for != start and self._channel.has_terminal:
+                words = _WARNINGS[cause].format(f"{math.ceil(end - now)}")
+                self._channel.notice(f"\r\ngosshd: {words}")
+            due, warned_for = end, start
+        self._timers[cause] = self._loop.call_at(due, self._look, cause, seconds, warned_for)
 
     def stop(self) -> None:
         """The session is over."""

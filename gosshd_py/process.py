@@ -53,11 +53,12 @@ def spawn(command: Command, *, stdin: int, stdout: int, stderr: int, terminal: b
     except (OSError, ValueError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) else str(exc)
         raise SpawnError(f"cannot start {os.fsdecode(program)}: {reason}") from exc
+    popen.returncode = 0  # or subprocess would reap it behind our back
     try:
-        child = Child(popen, command.trace)
+        child = Child(popen.pid, command.trace)
     except OSError as exc:
-        popen.kill()
-        popen.wait()
+        os.kill(popen.pid, signal.SIGKILL)
+        os.waitpid(popen.pid, 0)
         raise SpawnError(f"cannot watch {os.fsdecode(program)}: {exc.strerror}") from exc
     child.trace(
         "program.spawned",
@@ -71,15 +72,14 @@ def spawn(command: Command, *, stdin: int, stdout: int, stderr: int, terminal: b
 class Child:
     """A running child. `ended` is done once it is reaped; until then its pid is ours to signal."""
 
-    __slots__ = ("_loop", "_pidfd", "_popen", "ended", "pid", "trace")
+    __slots__ = ("_loop", "_pidfd", "ended", "pid", "trace")
 
-    def __init__(self, popen: subprocess.Popen[bytes], trace: Trace = SILENT) -> None:
+    def __init__(self, pid: int, trace: Trace = SILENT) -> None:
         self.trace = trace
-        self._popen = popen  # kept, or subprocess would reap the child behind our back
         self._loop = asyncio.get_running_loop()
-        self.pid = popen.pid
+        self.pid = pid
         self.ended: asyncio.Future[ExitStatus] = self._loop.create_future()
-        self._pidfd = os.pidfd_open(popen.pid)
+        self._pidfd = os.pidfd_open(pid)
         try:
             self._loop.add_reader(self._pidfd, self._reap)
         except OSError:
@@ -92,7 +92,6 @@ class Child:
             return
         self._loop.remove_reader(self._pidfd)
         os.close(self._pidfd)
-        self._popen.returncode = os.waitstatus_to_exitcode(status)
         if os.WIFSIGNALED(status):
             ended = ExitStatus(signal=os.WTERMSIG(status), core_dumped=os.WCOREDUMP(status))
         else:

@@ -117,8 +117,7 @@ class Server:
         self, connection: Connection, channel: Channel, start: Start, program: Program
     ) -> None:
         config = connection.config
-        facts = {"peer": connection.peer, "user": connection.user, **facts_of(start)}
-        log.info("session started", **facts)
+        log.info("session started", **connection.who, **facts_of(start))
         clock = SessionClock(channel, config, connection.limit_hit)
         try:
             ending = await run_session(
@@ -130,7 +129,7 @@ class Server:
         if ending.error is not None:
             log.error("session failed", peer=connection.peer, exc_info=ending.error)
         channel.trace("session.ended", **ending.facts)
-        log.info("session over", **facts, **ending.facts)
+        log.info("session over", **connection.who, **facts_of(start), **ending.facts)
 
     def _session_over(self, task: asyncio.Task[None]) -> None:
         del self.sessions[task]

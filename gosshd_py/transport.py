@@ -67,6 +67,9 @@ _OVERRIDDEN = (
 )
 
 
+_NONE: set[Any] = set()
+
+
 class Owner(Protocol):  # connection.py
     """What the transport asks of connection.py beside asyncssh's callbacks."""
 
@@ -94,6 +97,8 @@ class Transport(asyncssh.SSHServerConnection):
         self.trace = trace
         self._packets = Packets(trace)
         super().__init__(asyncio.get_running_loop(), options)
+        self._trusted_host_keys = self._trusted_ca_keys = None  # a client's, as are the next two:
+        self._revoked_host_keys = self._x509_revoked_certs = _NONE  # half a kilobyte of empty sets
         self._rekeys_left, self._rekeyed = float(REKEY_BURST), time.monotonic()
         self._rekey_timer: asyncio.TimerHandle | None = None
         self._turn_ends, self._turned_over = 0.0, False
@@ -194,6 +199,7 @@ class Transport(asyncssh.SSHServerConnection):
         super().send_newkeys(k, h)
         self._send_encryption = quicker(self._send_encryption)
         self._next_recv_encryption = quicker(self._next_recv_encryption)
+        self._client_kexinit = self._server_kexinit = b""  # a kilobyte that nobody needs any more
         assert kex is not None  # noqa: S101  # it calls us
         assert self._server_host_key is not None  # noqa: S101  # it has signed
         names = ("send_cipher", "recv_cipher", "send_mac")

@@ -34,6 +34,11 @@ KEY_DELAY = 0.02
 class Entrance(asyncssh.SSHServer):
     """What asyncssh asks until somebody has logged in. connection.py goes on from there."""
 
+    # A session has one of these, and more than thirty attributes would take a kilobyte more.
+    __slots__ = (
+        *("_admission", "_answered", "_asked", "_authenticator", "_failed", "_name", "_not_before"),
+        *("_questions", "_reason", "_timer", "_tries", "_waits"),
+    )
     conn: Transport
 
     def __init__(self, config: Config, authenticator: Authenticator, admission: Admission) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -81,13 +80,11 @@ class NeverReaps(Child):
     """zombie: learns how its program ended, and does not take the status away."""
 
     __slots__ = ()
-    kept: list[subprocess.Popen[bytes]] = []  # noqa: RUF012  # or Python itself would reap them later
 
     def _reap(self) -> None:
         found = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)  # only looks
         self._loop.remove_reader(self._pidfd)
         os.close(self._pidfd)
-        self.kept.append(self._popen)
         self.ended.set_result(ExitStatus(code=found.si_status if found else 0))
 
 
