@@ -203,6 +203,8 @@ class Special:
     """The file."""
     ballast: int = 0
     """MiB that it is larger."""
+    spawns: str = ""
+    """A file for how many seconds each of its spawns took, a line for each."""
     at_home: bool = False
     """Of the peers: with the user's own home, since nobody logs in."""
 
@@ -334,10 +336,26 @@ def _gosshd(before: str, port: int, site: Site, special: Special) -> list[str]:
     )
     if special.ballast:
         before += f"\nb = bytearray({special.ballast} * 2**20)\nb[::4096] = b'x' * len(b[::4096])"
+    if special.spawns:
+        before += TIMED_SPAWNS.format(special.spawns)
     if before:
         code = f"{before}\nfrom gosshd_py.cli import main\nmain()"
         return [sys.executable, "-c", code, "--config", str(file)]
     return [sys.executable, "-m", "gosshd_py", "--config", str(file)]
+
+
+# Not by a trace: it is written in a thread, for which the spawn would have to wait sometimes.
+TIMED_SPAWNS = """
+import subprocess, time
+class Timed(subprocess.Popen):
+    def __init__(self, *args, **options):
+        began = time.monotonic()
+        super().__init__(*args, **options)
+        took = time.monotonic() - began
+        with open({!r}, "a") as file:
+            print(took, file=file)
+subprocess.Popen = Timed
+"""
 
 
 def _sshd(port: int, site: Site) -> list[str]:
