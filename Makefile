@@ -1,6 +1,7 @@
 # make run · make test · make lint · make soak · make fuzz · make test-container · make bench · make bench-quick
 PYTHON ?= python3
 VENV := .venv
+EXTRAS ?= dev
 
 # Made anew when the dependencies change or when another Python is asked for.
 $(VENV)/.installed: pyproject.toml
@@ -11,7 +12,7 @@ $(VENV)/.installed: pyproject.toml
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.installed
-	@$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]'
 	@touch $@
 
 .PHONY: run test lint soak fuzz test-container bench bench-quick clean

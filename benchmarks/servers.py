@@ -108,8 +108,8 @@ def why_not(peer: str) -> str:
     wanted = {"sshd": "/usr/sbin/sshd", "dropbear": "/usr/sbin/dropbear", "go": "go"}.get(peer)
     if wanted and not shutil.which(wanted):
         return f"{wanted} is not installed; {APT}"
-    if peer == "uvloop" and importlib.util.find_spec("uvloop") is None:
-        return "is not installed; pip install uvloop"
+    if peer == "no-uvloop" and importlib.util.find_spec("uvloop") is None:
+        return "is what runs anyway; pip install uvloop"
     if peer in ("sshd", "dropbear") and os.geteuid() != 0:
         return "wants root, to give its user an empty home"
     return ""

@@ -38,16 +38,7 @@ VARIANTS = {
         "    return ends\n"
         "os.pipe = large"
     ),
-    # libuv's loop instead of asyncio's; its transports choose the size of reads themselves.
-    "uvloop": (
-        "import uvloop\n"
-        "from gosshd_py import listen\n"
-        "def connection_made(self, transport):\n"
-        "    answer = self._decide(transport)\n"
-        "    transport.set_protocol(answer)\n"
-        "    answer.connection_made(transport)\n"
-        "listen.Door.connection_made = connection_made\n"
-        "uvloop.install()"
-    ),
+    # asyncio's loop even where libuv's is installed.
+    "no-uvloop": "import sys; sys.modules['uvloop'] = None",
 }  # fmt: skip
 """Name → what is run before."""

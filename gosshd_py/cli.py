@@ -22,7 +22,7 @@ import structlog
 from asyncssh import SSHKey
 from asyncssh.saslprep import SASLPrepError, saslprep
 
-from . import __version__, logs, pidfile
+from . import __version__, logs, loop, pidfile
 from .checks import check_reload, warnings_of
 from .config import Address, Config, ConfigError, parse_address
 from .daemon import NEEDS_RESTART, keep_what_is_loaded, serve
@@ -179,7 +179,7 @@ def _serve(file: str | None, flags: dict[str, Any]) -> None:
         try:
             if config.worker_count > 1:
                 sys.exit(_serve_by_several(config, ready, again))
-            asyncio.run(
+            loop.run(
                 _to_the_end(serve(config, lambda it: ready(it.addresses, it.host_keys), again))
             )
         except (ListenError, HostKeyError) as exc:
@@ -216,7 +216,7 @@ def _serve_by_several(config: Config, ready: Ready, again: Callable[[], Config])
         for sock in held:
             sock.close()
         try:
-            asyncio.run(_to_the_end(serve(now, lambda _: worker.ready(), again, worker)))
+            loop.run(_to_the_end(serve(now, lambda _: worker.ready(), again, worker)))
         except (ListenError, HostKeyError, OSError) as exc:
             _fail(1, str(exc))
         except ConfigError as exc:

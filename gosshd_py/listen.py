@@ -13,7 +13,7 @@ import functools
 import socket
 import struct
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 from .config import DEFAULT_LISTEN, Address, Config
 from .lifecycle import Trace
@@ -149,12 +149,13 @@ class Door(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Ask, and hand on."""
-        assert isinstance(transport, asyncio.Transport)  # noqa: S101
+        transport = cast("asyncio.Transport", transport)
         if transport.get_extra_info("peername") is None:
             transport.abort()  # the client has gone before we came
             return
         answer = self._decide(transport)
-        transport.max_size = READ_SIZE  # type: ignore[attr-defined]
+        if hasattr(transport, "max_size"):  # not libuv's
+            transport.max_size = READ_SIZE
         transport.set_protocol(answer)
         answer.connection_made(transport)
 
@@ -171,7 +172,7 @@ class Refused(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Say it, if not too many are being told already."""
-        assert isinstance(transport, asyncio.Transport)  # noqa: S101
+        transport = cast("asyncio.Transport", transport)
         self._trace("tcp.refused", reason=self._words)
         self._socket = transport.get_extra_info("socket")
         if Refused.lingering >= MAX_LINGERING:

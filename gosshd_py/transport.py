@@ -129,13 +129,13 @@ class Transport(asyncssh.SSHServerConnection):
 
     def data_received(self, data: bytes, datatype: int | None = None) -> None:
         """Handle what has come, for a while, unless the answers to it pile up."""
-        self._turn_ends = self._loop.time() + TURN
+        self._turn_ends = time.monotonic() + TURN
         super().data_received(data, datatype)
         self._after_receiving()
 
     def _recv_pkthdr(self) -> bool:
         """Begin with the next packet, or leave the loop to others first: there may be thousands."""
-        if self._loop.time() < self._turn_ends:
+        if time.monotonic() < self._turn_ends:
             return super()._recv_pkthdr()
         if self._transport is not None and not self._turned_over:
             self._turned_over = True
@@ -147,7 +147,7 @@ class Transport(asyncssh.SSHServerConnection):
         self._turned_over = False
         if self._transport is None:
             return  # it has ended meanwhile
-        self._turn_ends = self._loop.time() + TURN
+        self._turn_ends = time.monotonic() + TURN
         self._recv_data()
         if self._transport is not None and not self._turned_over:
             self._transport.resume_reading()

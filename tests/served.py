@@ -24,7 +24,7 @@ from typing import Any
 
 import msgspec
 
-from gosshd_py import authentication, forward, logs, userauth
+from gosshd_py import authentication, forward, logs, loop, userauth
 from gosshd_py.config import Config
 from gosshd_py.connection import Connection
 from gosshd_py.daemon import keep_what_is_loaded, traced
@@ -116,12 +116,12 @@ class Lag:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
         self.worst = 0.0
-        self.start(loop.time())
+        self.start(time.monotonic())
 
     def start(self, now: float) -> None:
         self.due = now + self.PERIOD
         self.waited = self.in_the_queue()
-        self.timer = self.loop.call_at(self.due, self.tick)
+        self.timer = self.loop.call_later(self.PERIOD, self.tick)
 
     @staticmethod
     def in_the_queue() -> float:
@@ -131,16 +131,16 @@ class Lag:
         return 0.0
 
     def late(self) -> float:
-        return self.loop.time() - self.due - (self.in_the_queue() - self.waited)
+        return time.monotonic() - self.due - (self.in_the_queue() - self.waited)
 
     def tick(self) -> None:
         self.worst = max(self.worst, self.late())
-        self.start(self.loop.time())
+        self.start(time.monotonic())
 
     def read(self) -> float:
         worst, self.worst = max(self.worst, self.late()), 0.0
         self.timer.cancel()
-        self.start(self.loop.time())
+        self.start(time.monotonic())
         return worst
 
     def stop(self) -> None:
@@ -210,4 +210,4 @@ def say(answer: object) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    loop.run(main())

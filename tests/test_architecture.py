@@ -15,7 +15,7 @@ PACKAGE = Path(gosshd_py.__file__).parent
 # A module may import only modules of earlier rows.
 ROWS = (
     {"lifecycle", "config", "logs", "counts"},
-    {"launch"},
+    {"launch", "loop"},
     {
         "workers",
         "process",

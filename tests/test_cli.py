@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import importlib.util
 import os
 import re
 import signal
@@ -16,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from gosshd_py import cli
+from gosshd_py import cli, loop
 
 from .keys import Key
 from .serving import ROOT, Served, wait_for
@@ -262,12 +264,15 @@ def test_an_unusable_host_key_is_exit_code_1(tmp_path: Path) -> None:
     assert line.endswith("run: chmod 600 hostkeys/ssh_host_ed25519_key")
 
 
-def test_a_closed_standard_output_stops_nobody(start: Start, tmp_path: Path) -> None:
+@pytest.mark.parametrize("closed", [">&-", "<&- >&-"])
+def test_a_closed_standard_output_stops_nobody(start: Start, tmp_path: Path, closed: str) -> None:
+    """And what is not told there is told to no client, whose socket would get the number."""
     with socket.create_server(("127.0.0.1", 0)) as sock:
         address = sock.getsockname()
-    before = ("sh", "-c", 'exec "$@" >&-', "sh")
+    before = ("sh", "-c", f'exec "$@" {closed}', "sh")
     it = start("--listen", f"127.0.0.1:{address[1]}", before=before)
     wait_for("the server to listen", lambda: it.process.poll() or connects(address))
+    assert os.readlink(f"/proc/{it.process.pid}/fd/1") == os.devnull
     assert gosshd_once(tmp_path, "probe", f"127.0.0.1:{address[1]}").returncode == 0
     assert it.stop() == 0
 
@@ -284,6 +289,17 @@ def test_an_output_that_takes_nothing_is_one_line(start: Start) -> None:
     it = start("--listen", "127.0.0.1:0", before=("sh", "-c", 'exec "$@" >/dev/full', "sh"))
     assert it.process.wait(10) != 0
     assert "gosshd: error: [Errno 28] No space left on device" in it.log_file.read_text()
+
+
+async def loop_now() -> str:
+    return type(asyncio.get_running_loop()).__module__
+
+
+def test_the_loop_is_libuvs_where_that_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = importlib.util.find_spec("uvloop") is not None
+    assert loop.run(loop_now()) == ("uvloop" if there else "asyncio.unix_events")
+    monkeypatch.setitem(sys.modules, "uvloop", None)
+    assert loop.run(loop_now()) == "asyncio.unix_events"
 
 
 # -- stopping --------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import asyncio
 import sys
 from pathlib import Path
 
-from .. import logs
+from .. import logs, loop
 from ..config import Config
 from ..daemon import traced
 from ..hostkeys import known_hosts_lines
@@ -47,4 +47,4 @@ async def serve(folder: Path, name: str) -> None:
 if __name__ == "__main__":
     with (Path(sys.argv[1]) / "log").open("w") as log:
         logs.configure("text", log)
-        asyncio.run(serve(Path(sys.argv[1]), *sys.argv[2:3] or [""]))
+        loop.run(serve(Path(sys.argv[1]), *sys.argv[2:3] or [""]))
