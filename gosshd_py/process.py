@@ -132,7 +132,7 @@ class Descriptor:
     """
 
     __slots__ = (
-        *("_asked", "_close", "_facts", "_loop", "_read_waiter", "_trace", "_watched"),
+        *("_asked", "_close", "_loop", "_number", "_read_waiter", "_trace", "_watched", "_what"),
         *("_write_waiter", "fd"),
     )
 
@@ -151,13 +151,18 @@ class Descriptor:
         """
         os.set_blocking(fd, False)
         self.fd = fd
-        self._trace, self._facts = trace, {"fd": fd, "what": what}
+        self._trace, self._number, self._what = trace, fd, what
         self._asked = asked
         self._close = close or (lambda: os.close(fd))
         self._loop = asyncio.get_running_loop()
         self._watched = False
         self._read_waiter: asyncio.Future[None] | None = None
         self._write_waiter: asyncio.Future[None] | None = None
+
+    @property
+    def _facts(self) -> dict[str, object]:
+        """For its events, also after the close."""
+        return {"fd": self._number, "what": self._what}
 
     def read_now(self) -> bytes | None:
         """What is there, up to CHUNK; None when nothing is; b"" at end of file or after close.

@@ -72,11 +72,8 @@ class PtyProgram:
         self._handle = handle
         self._child = child
         self._grace = grace
-        self._master = Descriptor(
-            handle.fd, handle.fileobj.close, child.trace, "master",
-            foreground=self._group,
-            echo=lambda: bool(self._attributes()[3] & termios.ECHO),
-        )  # fmt: skip
+        asked = {"foreground": self._group, "echo": self._echo}
+        self._master = Descriptor(handle.fd, handle.fileobj.close, child.trace, "master", **asked)
         self._late_bytes, self._late_seconds = LATE_BYTES, LATE_SECONDS
         self._line_open = False
         self.ended: asyncio.Future[ExitStatus] = child.ended
@@ -262,6 +259,9 @@ class PtyProgram:
     def _group(self) -> int:
         """The foreground process group; 0: none. Raises OSError."""
         return os.tcgetpgrp(self._master.fd)
+
+    def _echo(self) -> bool:
+        return bool(self._attributes()[3] & termios.ECHO)
 
     def _foreground(self) -> int:
         """The same, or the program's own where the terminal has none."""

@@ -31,6 +31,9 @@ KEY_DELAY = 0.02
 """Seconds from an unknown key to the answer, whether files had to be read or not."""
 
 
+_NO_KEY = (b"", 0.0, None)
+
+
 class Entrance(asyncssh.SSHServer):
     """What asyncssh asks until somebody has logged in. connection.py goes on from there."""
 
@@ -58,7 +61,7 @@ class Entrance(asyncssh.SSHServer):
         self._asked = False
         self._not_before = 0.0
         """When the next password may be examined (monotonic clock)."""
-        self._answered: tuple[bytes, float, tuple[Login, asyncssh.SSHKey] | None] = (b"", 0.0, None)
+        self._answered: tuple[bytes, float, tuple[Login, asyncssh.SSHKey] | None] = _NO_KEY
         """The last key that would do, until when, and for whom."""
         self._questions = 0
         self._failed = False
@@ -198,6 +201,7 @@ class Entrance(asyncssh.SSHServer):
         assert self.login is not None  # noqa: S101
         self._failed = False
         self._waits = False
+        self._answered = _NO_KEY
         self._admission.logged_in(self.host)
         self.limit_time(0)
         self.trace("auth.completed", user=self.user, method=self.login.method)
