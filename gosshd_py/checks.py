@@ -146,10 +146,8 @@ def check_reload(old: Config, new: Config, bound: Iterable[Address]) -> None:
     if new.open_mode and (not old.open_mode or (reachable and not new.open_to_network)):
         problem = "there are none, which would let everybody in; restart the server if you mean it"
         raise ConfigError([f"accounts: {problem}"])
-    if new.core_dumps and not old.core_dumps and resource.getrlimit(resource.RLIMIT_CORE)[1] == 0:
-        problem = (
-            "the server was started where nobody wanted core dumps, and may make none; restart it"
-        )
+    if new.core_dumps and not old.core_dumps:
+        problem = "a server that has given up core dumps cannot allow them again; restart it"
         raise ConfigError([f"rlimits: {problem}"])
 
 

@@ -9,10 +9,14 @@ from __future__ import annotations
 import resource
 import shutil
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from .lifecycle import SILENT, Trace
+
+NEAR = 200
+"""Files that other threads may open while a child is started; to be sure, far too many."""
 
 _SETPRIV = shutil.which("setpriv") or "/usr/bin/setpriv"  # looked up once, in our own PATH
 
@@ -103,7 +107,7 @@ _ULIMIT_UNITS = {"core": 512, "as": 1024}
 def _confine(command: Command) -> str:
     """The launcher's lines for umask and limits; without its limits no program starts."""
     lines = [f"umask {command.umask}"] if command.umask else []
-    if "nofile" not in command.rlimits and _inherited_nofile is not None:
+    if "nofile" not in command.rlimits and _inherited_nofile not in (None, _soft_nofile()):
         lines.append(f"ulimit -S -n {_inherited_nofile}")
     for name, value in command.rlimits.items():
         if resource.getrlimit(_number(name)) == (value, value):
@@ -134,6 +138,28 @@ def raise_nofile() -> None:
     if soft != hard:
         _inherited_nofile = soft
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _soft_nofile() -> int:
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+@contextmanager
+def nofile_of_programs(fd: int) -> Iterator[None]:
+    """Meanwhile the limit of open files is the one that we were started with: a child inherits it.
+
+    fd: a new descriptor. If its number is near that limit the launcher has to set it, since other
+    threads could not open files in this moment.
+    """
+    if _inherited_nofile is None or fd > _inherited_nofile - NEAR:
+        yield
+        return
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (_inherited_nofile, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def forbid_core_dumps() -> None:

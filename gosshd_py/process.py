@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from .launch import Command, way_to_start
+from .launch import Command, nofile_of_programs, way_to_start
 from .lifecycle import SILENT, ExitStatus, SpawnError, Trace
 
 CHUNK = 64 * 1024
@@ -38,18 +38,14 @@ def spawn(command: Command, *, stdin: int, stdout: int, stderr: int, terminal: b
         raise SpawnError("the command holds a NUL byte, which no argument can")
     if not os.access(program, os.X_OK):
         raise SpawnError(f"{os.fsdecode(program)}: not found or not executable on this server")
-    argv, env, cwd = way_to_start(command, terminal=terminal)
     began = time.monotonic()
     try:
-        popen = subprocess.Popen(
-            argv,
-            env=env,
-            cwd=cwd,
-            stdin=stdin,
-            stdout=stdout,
-            stderr=stderr,
-            start_new_session=True,
-        )
+        with nofile_of_programs(stdin):
+            argv, env, cwd = way_to_start(command, terminal=terminal)
+            popen = subprocess.Popen(
+                argv, env=env, cwd=cwd, stdin=stdin, stdout=stdout, stderr=stderr,
+                start_new_session=True,
+            )  # fmt: skip
     except (OSError, ValueError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) else str(exc)
         raise SpawnError(f"cannot start {os.fsdecode(program)}: {reason}") from exc

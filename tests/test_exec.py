@@ -342,7 +342,34 @@ def test_limits_that_are_in_force_already_need_no_shell(
     assert launch._directly(replace(plain, rlimits={"core": 0})) is not None
     assert launch._directly(replace(plain, rlimits={"core": 0, "nofile": 200})) is None
     monkeypatch.setattr(launch, "_inherited_nofile", 100)
-    assert launch._directly(replace(plain, rlimits={"core": 0})) is None
+    assert launch._directly(plain) is not None
+    monkeypatch.setattr(launch, "_inherited_nofile", 50)
+    assert launch._directly(plain) is None
+
+
+@pytest.mark.parametrize("near", [0, 1_000_000])
+def test_programs_get_the_limit_of_open_files_that_the_server_was_started_with(
+    plain: Command, monkeypatch: pytest.MonkeyPatch, near: int
+) -> None:
+    """Inherited for a moment, or set by the launcher where the server could need more in this moment."""
+    _, hard = before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    monkeypatch.setattr(launch, "NEAR", near)
+    shells = []
+    through_a_shell = launch._through_a_shell
+
+    def notes(*args: Any, **options: Any) -> launch.Way:
+        shells.append(args)
+        return through_a_shell(*args, **options)
+
+    monkeypatch.setattr(launch, "_through_a_shell", notes)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(512, hard), hard))
+        launch.raise_nofile()
+        assert found(plain)["limits"]["RLIMIT_NOFILE"] == [min(512, hard), hard]
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert bool(shells) == bool(near)
 
 
 def test_what_is_no_home_is_told_of(serve: Callable[..., Served], tmp_path: Path) -> None:
