@@ -13,7 +13,7 @@ VARIANTS = {
     # Children by fork: the page tables of the whole server are copied.
     "no-vfork": "import subprocess; subprocess._USE_VFORK = False",
     # A shell between fork and exec even where it has nothing to do.
-    "with-sh": "from gosshd_py import launch; launch._directly = lambda command: None",
+    "with-sh": "from gosshd_py import process; process.directly = lambda command: None",
     # A terminal gives 4 KiB a read, and each becomes a packet.
     "one-read": "from gosshd_py import process; process.PTY_MOST = 1 << 30",
     # asyncssh's own: a packet to be ignored before each packet.

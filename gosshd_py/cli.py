@@ -35,6 +35,7 @@ from .hostkeys import (
     known_hosts_lines,
     load_host_keys,
 )
+from .launch import fill_standard_streams, forbid_core_dumps
 from .listen import ListenError, claim, open_sockets
 from .load import load_config
 from .passwords import MAX_PASSWORD, make_hash
@@ -161,6 +162,7 @@ def main(context: click.Context, /, config: str | None, **flags: Any) -> None:
 
 
 def _serve(file: str | None, flags: dict[str, Any]) -> None:
+    fill_standard_streams()
     config = _config(file, flags)
     # The trace tells all this and more, and on one terminal they would be mixed.
     quiet = config.trace and sys.stdout.isatty() and sys.stderr.isatty()
@@ -196,6 +198,8 @@ async def _to_the_end(serving: Awaitable[None]) -> None:
 
 def _serve_by_several(config: Config, ready: Ready, again: Callable[[], Config]) -> int:
     """Hold the ports, make the host keys, and let the workers serve. Returns the exit status."""
+    if not config.core_dumps:
+        forbid_core_dumps()
     host_keys = load_host_keys(config.hostkeys_dir)
     held = open_sockets(config, hold=True)
     addresses = [Address(*sock.getsockname()[:2]) for sock in held]

@@ -38,12 +38,12 @@ def _subsystem(account: Account, name: bytes) -> bytes:
 async def prepare_home(account: Account) -> bool:
     """Make a home that is missing; without one the session starts in / and says so.
 
-    Returns whether the server itself may enter it, which is not asked about other users' homes.
+    Returns whether it is at hand: one that the server itself may enter, and need not wait for.
     """
     if account.run_as is not None and not account.makes_home:
         return False
     try:
-        return bool(await in_thread(lambda: _make_and_enter(account)))
+        return bool(await in_thread(lambda: _make_and_see(account)))
     except OSError as exc:
         if account.makes_home:
             reason = str(exc.strerror or exc)
@@ -51,9 +51,11 @@ async def prepare_home(account: Account) -> bool:
         return False
 
 
-def _make_and_enter(account: Account) -> bool:
+def _make_and_see(account: Account) -> bool:
+    """A file system on a device of this machine answers at once; one without (NFS, FUSE) may never."""
     account.make_home()
-    return account.run_as is None and os.access(f"{account.home}/.", os.X_OK)
+    home = f"{account.home}/."  # so a folder
+    return os.access(home, os.X_OK) and os.major(os.stat(home).st_dev) != 0  # noqa: PTH116
 
 
 def facts_of(request: Start) -> dict[str, object]:

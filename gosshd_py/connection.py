@@ -146,7 +146,7 @@ class Connection(Forwards):
 
     async def prepare(self) -> None:
         """What is done before a program starts and may take its time."""
-        self._home_entered = await prepare_home(self._permitted.account)
+        self._home_at_hand = await prepare_home(self._permitted.account)
 
     def start(self, channel: Channel, request: Start) -> PtyProgram | PipeProgram:
         """Start what the client asks for. Raises SpawnError with words for the client."""
@@ -172,7 +172,7 @@ class Connection(Forwards):
     def _spawn(self, request: Start, trace: Trace) -> PtyProgram | PipeProgram:
         permitted = (*self.config.accept_env, *self.config.permit_user_environment)
         command = command_of(self._permitted, request, self.ends, permitted, self.agent)
-        command = replace(command, home_entered=self._home_entered, trace=trace)
+        command = replace(command, home_at_hand=self._home_at_hand, trace=trace)
         if request.terminal is not None:
             return PtyProgram.spawn(command, request.terminal, self.config.hangup_grace)
         return PipeProgram.spawn(command, self.config.hangup_grace)

@@ -1,14 +1,17 @@
 """How a command is started: what has to be done between fork and exec, and by whom.
 
-Promises: no Python code runs in the child; a program finds the directory, limits, variables and
-terminal that its account says, whichever way it is started, and nothing of the server's own.
+Promises: no Python code runs in the child, and nothing there waits for a file system before exec; a
+program finds the directory, limits, variables and terminal that its account says, whichever way it
+is started.
 """
 
 from __future__ import annotations
 
+import os
 import resource
 import shutil
 import signal
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,7 +33,7 @@ class Command:
     run_as: (uid, gid) to become, with that user's groups; None keeps the server's own.
     umask: octal digits; None keeps the server's own.
     rlimits: by their names in setrlimit(2) without RLIMIT_, small, and in its units.
-    home_entered: whether the server itself could enter $HOME just now.
+    home_at_hand: whether the server itself could enter $HOME just now, and need not wait for that.
     trace: where to tell of the program's life.
     """
 
@@ -40,29 +43,23 @@ class Command:
     run_as: tuple[int, int] | None = None
     umask: str | None = None
     rlimits: Mapping[str, int] = field(default_factory=dict)
-    home_entered: bool = False
+    home_at_hand: bool = False
     trace: Trace = SILENT
 
 
 Way = tuple[Sequence[str | bytes], Mapping[str, str | bytes], str | None]
-"""The arguments, the environment, and the directory to start in."""
+"""What to execute, the environment, and the directory to start in."""
 
 
-def way_to_start(command: Command, *, terminal: bool) -> Way:
-    """What to execute by a fork without Python code in the child, for the command to be run as it says."""
-    way = None if terminal else _directly(command)
-    return way or _through_a_shell(command, terminal=terminal)
-
-
-def _directly(command: Command) -> Way | None:
+def directly(command: Command) -> Way | None:
     """Without a shell in between, if there is nothing for it to do; that takes half the time."""
-    if command.run_as is not None or not command.home_entered or _confine(command):
+    if command.run_as is not None or not command.home_at_hand or _confine(command):
         return None
-    home = command.env["HOME"]
+    home = os.path.normpath(command.env["HOME"])  # as the shell's cd has it
     return command.argv, {"PWD": home, **command.env, **command.client_env}, home
 
 
-def _through_a_shell(command: Command, *, terminal: bool) -> Way:
+def through_a_shell(command: Command, *, terminal: bool) -> Way:
     """By setpriv(1) and a POSIX shell, which do what else is to be done between fork and exec.
 
     They then become the program.
@@ -163,7 +160,10 @@ def nofile_of_programs(fd: int) -> Iterator[None]:
 
 
 def forbid_core_dumps() -> None:
-    """Let neither the server, which holds keys, nor its programs leave core dumps."""
+    """Let neither the server, which holds keys, nor its programs leave core files (setrlimit(2)).
+
+    Where dumps go to a program that decides for itself (core(5), core_pattern) it may keep one.
+    """
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
@@ -173,6 +173,20 @@ def _become(run_as: tuple[int, int] | None) -> list[str]:
         return []
     uid, gid = run_as
     return [_SETPRIV, f"--reuid={uid}", f"--regid={gid}", "--init-groups", "--"]
+
+
+def fill_standard_streams() -> None:
+    """Let no socket get the numbers 0, 1 and 2 if they are closed, as OpenSSH's sanitise_stdfd.
+
+    Whoever writes to standard error would write to a client. And libuv aborts when it has to close
+    one of them.
+    """
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(fd)
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:  # it was closed when Python started
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
 
 
 def reset_signals() -> None:

@@ -13,8 +13,9 @@ import subprocess
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
-from .launch import Command, nofile_of_programs, way_to_start
+from .launch import Command, directly, nofile_of_programs, through_a_shell
 from .lifecycle import SILENT, ExitStatus, SpawnError, Trace
 
 CHUNK = 64 * 1024
@@ -41,11 +42,7 @@ def spawn(command: Command, *, stdin: int, stdout: int, stderr: int, terminal: b
     began = time.monotonic()
     try:
         with nofile_of_programs(stdin):
-            argv, env, cwd = way_to_start(command, terminal=terminal)
-            popen = subprocess.Popen(
-                argv, env=env, cwd=cwd, stdin=stdin, stdout=stdout, stderr=stderr,
-                start_new_session=True,
-            )  # fmt: skip
+            popen = _start(command, terminal=terminal, stdin=stdin, stdout=stdout, stderr=stderr)
     except (OSError, ValueError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) else str(exc)
         raise SpawnError(f"cannot start {os.fsdecode(program)}: {reason}") from exc
@@ -63,6 +60,19 @@ def spawn(command: Command, *, stdin: int, stdout: int, stderr: int, terminal: b
         us=int((time.monotonic() - began) * 1e6),
     )  # fmt: skip
     return child
+
+
+def _start(command: Command, *, terminal: bool, **descriptors: Any) -> subprocess.Popen[bytes]:
+    """One way or the other. Raises OSError and ValueError."""
+
+    def start(argv: Any, env: Any, cwd: str | None) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(argv, env=env, cwd=cwd, start_new_session=True, **descriptors)
+
+    way = None if terminal else directly(command)
+    if way is not None:
+        with suppress(OSError):  # the shell knows what to do about that, or what to say
+            return start(*way)
+    return start(*through_a_shell(command, terminal=terminal))
 
 
 class Child:

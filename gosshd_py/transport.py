@@ -196,10 +196,10 @@ class Transport(asyncssh.SSHServerConnection):
     def send_newkeys(self, k: bytes, h: bytes) -> None:
         """Our keys are known; what we send from here on is encrypted by them."""
         kex, first = self._kex, not self._session_id
+        self._client_kexinit = self._server_kexinit = b""  # a kilobyte that nobody needs any more
         super().send_newkeys(k, h)
         self._send_encryption = quicker(self._send_encryption)
         self._next_recv_encryption = quicker(self._next_recv_encryption)
-        self._client_kexinit = self._server_kexinit = b""  # a kilobyte that nobody needs any more
         assert kex is not None  # noqa: S101  # it calls us
         assert self._server_host_key is not None  # noqa: S101  # it has signed
         names = ("send_cipher", "recv_cipher", "send_mac")

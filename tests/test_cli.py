@@ -264,15 +264,19 @@ def test_an_unusable_host_key_is_exit_code_1(tmp_path: Path) -> None:
     assert line.endswith("run: chmod 600 hostkeys/ssh_host_ed25519_key")
 
 
-@pytest.mark.parametrize("closed", [">&-", "<&- >&-"])
-def test_a_closed_standard_output_stops_nobody(start: Start, tmp_path: Path, closed: str) -> None:
+@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_closed_standard_output_stops_nobody(
+    start: Start, tmp_path: Path, closed: str, workers: str
+) -> None:
     """And what is not told there is told to no client, whose socket would get the number."""
     with socket.create_server(("127.0.0.1", 0)) as sock:
         address = sock.getsockname()
     before = ("sh", "-c", f'exec "$@" {closed}', "sh")
-    it = start("--listen", f"127.0.0.1:{address[1]}", before=before)
+    it = start("--listen", f"127.0.0.1:{address[1]}", "--workers", workers, before=before)
     wait_for("the server to listen", lambda: it.process.poll() or connects(address))
-    assert os.readlink(f"/proc/{it.process.pid}/fd/1") == os.devnull
+    for number in range(3):
+        assert "socket:" not in os.readlink(f"/proc/{it.process.pid}/fd/{number}")
     assert gosshd_once(tmp_path, "probe", f"127.0.0.1:{address[1]}").returncode == 0
     assert it.stop() == 0
 

@@ -20,6 +20,9 @@ import asyncssh
 import pytest
 
 from gosshd_py import launch, process
+from gosshd_py.accounts import find_account
+from gosshd_py.command import prepare_home
+from gosshd_py.config import Config
 from gosshd_py.launch import Command
 
 from .serving import Served, alive, run, wait_for
@@ -305,13 +308,13 @@ def plain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
     argv = ["/usr/bin/env", sys.executable, "-I", "-c", WHAT_IT_FINDS, "an argument", "$HOME"]
     env = {"HOME": str(home), "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"}
     client_env = {"LC_ALL": b"C", "BYTES": b"\xff $(false) 'x'\n", "PATH": b"/bin", "OLDPWD": b"/"}
-    return Command(argv, env, client_env, home_entered=True)
+    return Command(argv, env, client_env, home_at_hand=True)
 
 
 def test_a_program_finds_the_same_with_a_shell_in_between_and_without(plain: Command) -> None:
-    through_a_shell = replace(plain, home_entered=False)
-    assert launch._directly(plain) is not None
-    assert launch._directly(through_a_shell) is None
+    through_a_shell = replace(plain, home_at_hand=False)
+    assert launch.directly(plain) is not None
+    assert launch.directly(through_a_shell) is None
     things = found(plain)
     assert things == found(through_a_shell)
     assert things["directory"] == things["environment"]["PWD"] == plain.env["HOME"]
@@ -331,7 +334,7 @@ def test_what_only_a_shell_in_between_can_do_is_done(
     plain: Command, needs: Callable[[int], dict[str, Any]]
 ) -> None:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    assert launch._directly(replace(plain, **needs(hard))) is None
+    assert launch.directly(replace(plain, **needs(hard))) is None
 
 
 def test_limits_that_are_in_force_already_need_no_shell(
@@ -339,12 +342,12 @@ def test_limits_that_are_in_force_already_need_no_shell(
 ) -> None:
     in_force = {resource.RLIMIT_CORE: (0, 0), resource.RLIMIT_NOFILE: (100, 200)}
     monkeypatch.setattr(resource, "getrlimit", in_force.__getitem__)
-    assert launch._directly(replace(plain, rlimits={"core": 0})) is not None
-    assert launch._directly(replace(plain, rlimits={"core": 0, "nofile": 200})) is None
+    assert launch.directly(replace(plain, rlimits={"core": 0})) is not None
+    assert launch.directly(replace(plain, rlimits={"core": 0, "nofile": 200})) is None
     monkeypatch.setattr(launch, "_inherited_nofile", 100)
-    assert launch._directly(plain) is not None
+    assert launch.directly(plain) is not None
     monkeypatch.setattr(launch, "_inherited_nofile", 50)
-    assert launch._directly(plain) is None
+    assert launch.directly(plain) is None
 
 
 @pytest.mark.parametrize("near", [0, 1_000_000])
@@ -355,13 +358,13 @@ def test_programs_get_the_limit_of_open_files_that_the_server_was_started_with(
     _, hard = before = resource.getrlimit(resource.RLIMIT_NOFILE)
     monkeypatch.setattr(launch, "NEAR", near)
     shells = []
-    through_a_shell = launch._through_a_shell
+    through_a_shell = launch.through_a_shell
 
     def notes(*args: Any, **options: Any) -> launch.Way:
         shells.append(args)
         return through_a_shell(*args, **options)
 
-    monkeypatch.setattr(launch, "_through_a_shell", notes)
+    monkeypatch.setattr(process, "through_a_shell", notes)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(512, hard), hard))
         launch.raise_nofile()
@@ -379,3 +382,49 @@ def test_what_is_no_home_is_told_of(serve: Callable[..., Served], tmp_path: Path
     words = f"gosshd: cannot enter the home directory {file}, starting in /\n"
     assert result.stderr.decode().startswith(words)  # and bash, too, has something to say of it
     assert result.stdout == b"/\n"
+
+
+def test_a_home_in_a_file_system_that_may_be_slow_is_entered_behind_exec(tmp_path: Path) -> None:
+    """A vforked child that waits for one would keep the whole server waiting."""
+    memory = Path("/dev/shm")
+    if os.major(tmp_path.stat().st_dev) == 0 or not memory.is_dir():
+        pytest.skip("needs a folder on a device, and one in memory")
+    account = find_account(Config(), "somebody", {})
+    assert account is not None
+    assert run(prepare_home(replace(account, home=str(tmp_path))))
+    assert not run(prepare_home(replace(account, home=str(memory))))
+    assert not run(prepare_home(replace(account, home=str(tmp_path / "gone"))))
+    assert not run(prepare_home(replace(account, home=str(tmp_path), run_as=(0, 0))))
+
+
+@pytest.mark.parametrize("shell", ["#!/bin/sh\n", "", "#!/gone\n"])
+def test_a_shell_starts_with_and_without_a_terminal_or_not_at_all(
+    serve: Callable[..., Served], tmp_path: Path, shell: str
+) -> None:
+    """A script without a first line is one for sh."""
+    script = tmp_path / "shell"
+    script.write_text(f"{shell}echo I am $0; exit 3\n")
+    script.chmod(0o755)
+    server = serve(shell=str(script), home=str(tmp_path))
+    told = [server.ssh(*options, "HOST", "x") for options in ((), ("-tt",))]
+    codes = {result.returncode for result in told}
+    assert codes == ({127} if "gone" in shell else {3})
+    assert all(b"I am" in result.stdout for result in told) == (codes == {3})
+
+
+def test_a_home_that_vanishes_in_between_is_told_of_as_any_other(
+    plain: Command, capfd: pytest.CaptureFixture[str]
+) -> None:
+    gone = replace(plain, env={**plain.env, "HOME": plain.env["HOME"] + "/gone"})
+    assert launch.directly(gone) is not None
+    assert found(gone)["directory"] == "/"
+    assert "cannot enter the home directory" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("written", ["{}/", "{}/x/../", "//{}", "{}/./y/../x/.."])
+def test_a_home_is_entered_as_a_shell_would(plain: Command, written: str) -> None:
+    home = plain.env["HOME"]
+    Path(home, "x").mkdir()
+    Path(home, "y").symlink_to("/usr/lib")
+    odd = replace(plain, env={**plain.env, "HOME": written.format(home)})
+    assert found(odd) == found(replace(odd, home_at_hand=False))

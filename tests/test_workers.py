@@ -193,8 +193,9 @@ def test_connections_have_numbers_of_their_own_in_a_trace(several: Several, tmp_
     assert len({event["pid"] for event in accepted}) >= 3
 
 
+@pytest.mark.parametrize("refused", ["nonsense", "rlimits = {core = 4096}\n"])
 def test_a_worker_that_starts_later_lives_by_the_reloaded_configuration(
-    several: Several, tmp_path: Path
+    several: Several, tmp_path: Path, refused: str
 ) -> None:
     """Or whoever was locked out could come in again behind a crash."""
     alice, bob = (f'[accounts.{name}]\npassword = "{hashed()}"\n' for name in ("alice", "bob"))
@@ -207,7 +208,9 @@ def test_a_worker_that_starts_later_lives_by_the_reloaded_configuration(
     file.write_text(whole.replace(alice, ""))
     it.process.send_signal(signal.SIGHUP)
     wait_for("the reload", lambda: len(it.events("reloaded")) == 2)
-    file.write_text("nonsense")  # which nobody takes, and those that start later do not, either
+    file.write_text(
+        refused + whole
+    )  # which nobody takes, and those that start later do not, either
     it.process.send_signal(signal.SIGHUP)
     wait_for("the refusal", lambda: len(it.events("not reloaded")) == 2)
     old = workers(it)
