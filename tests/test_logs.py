@@ -275,10 +275,11 @@ def test_hostile_text_everywhere_stays_inside_its_value(
         )
         async with conn:
             process = await conn.create_process(
-                f"true {HOSTILE}", env={"A": HOSTILE}, encoding=None
+                f"cat; true {HOSTILE}", env={"A": HOSTILE}, encoding=None
             )
             with suppress(asyncssh.Error):
                 await conn.create_process("one more")
+            process.stdin.write_eof()
             await process.wait()
         async with await server.connect(username="alice", client_keys=[str(key.file)]) as conn:
             for subsystem in (HOSTILE[:2000],):
