@@ -32,6 +32,7 @@ from .config import (
     parse_address,
     show,
 )
+from .launch import limits_now
 from .names import valid_user_name
 from .passwords import LOCKED, check_hash
 from .places import parse_place
@@ -260,7 +261,7 @@ def _rlimits(limits: Rlimits, run_as: str) -> list[str]:
     as_root = os.geteuid() == 0 and run_as in ("", "root")
     found = []
     for name, value in limits.set().items():
-        _, hard = resource.getrlimit(getattr(resource, f"RLIMIT_{name.upper()}"))
+        _, hard = limits_now(name)
         if not as_root and hard != resource.RLIM_INFINITY and value > hard:
             found.append(f"{name} = {value} is more than this server may give; {hard} is the most")
     return found

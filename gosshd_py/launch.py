@@ -104,10 +104,10 @@ _ULIMIT_UNITS = {"core": 512, "as": 1024}
 def _confine(command: Command) -> str:
     """The launcher's lines for umask and limits; without its limits no program starts."""
     lines = [f"umask {command.umask}"] if command.umask else []
-    if "nofile" not in command.rlimits and _inherited_nofile not in (None, _soft_nofile()):
+    if "nofile" not in command.rlimits and _inherited_nofile not in (None, limits_now("nofile")[0]):
         lines.append(f"ulimit -S -n {_inherited_nofile}")
     for name, value in command.rlimits.items():
-        if resource.getrlimit(_number(name)) == (value, value):
+        if limits_now(name) == (value, value):
             continue  # inherited
         ulimit = _ULIMIT[name].format(value // _ULIMIT_UNITS.get(name, 1))
         lines.append(
@@ -116,9 +116,9 @@ def _confine(command: Command) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-def _number(rlimit: str) -> int:
-    number: int = getattr(resource, f"RLIMIT_{rlimit.upper()}")
-    return number
+def limits_now(rlimit: str) -> tuple[int, int]:
+    """The soft and the hard limit of this process, by a name as in Command.rlimits."""
+    return resource.getrlimit(getattr(resource, f"RLIMIT_{rlimit.upper()}"))
 
 
 _inherited_nofile: int | None = None
@@ -131,14 +131,10 @@ def raise_nofile() -> None:
     A session takes about four, and 1,024 is a common soft limit.
     """
     global _inherited_nofile  # noqa: PLW0603  # a property of the process, as the limit is
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, hard = limits_now("nofile")
     if soft != hard:
         _inherited_nofile = soft
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def _soft_nofile() -> int:
-    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 @contextmanager
@@ -151,7 +147,7 @@ def nofile_of_programs(fd: int) -> Iterator[None]:
     if _inherited_nofile is None or fd > _inherited_nofile - NEAR:
         yield
         return
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    _, hard = limits_now("nofile")
     resource.setrlimit(resource.RLIMIT_NOFILE, (_inherited_nofile, hard))
     try:
         yield
