@@ -54,7 +54,7 @@ class Host(FlowHost, Protocol):
 
     @property
     def allow_pty(self) -> bool: ...
-    async def prepare(self) -> None: ...
+    async def prepare(self, *, terminal: bool) -> None: ...
     def start(self, channel: Channel, request: Start) -> RunningProgram:
         """Start a program and its session. Raises SpawnError with words for the client."""
 
@@ -145,7 +145,7 @@ class Channel(Flow, asyncssh.SSHServerSession[bytes]):
         """
         with self._contained(kind):
             try:
-                await self.host.prepare()
+                await self.host.prepare(terminal=self.has_terminal)
                 async with self.host.turn:
                     await asyncio.sleep(0)
                     if self.ended.done():

@@ -35,12 +35,13 @@ def _subsystem(account: Account, name: bytes) -> bytes:
     return shlex.join(["exec", *words, *(["-R"] if account.read_only else [])]).encode()
 
 
-async def prepare_home(account: Account) -> bool:
+async def prepare_home(account: Account, *, terminal: bool) -> bool:
     """Make a home that is missing; without one the session starts in / and says so.
 
-    Returns whether it is at hand: one that the server itself may enter, and need not wait for.
+    Returns whether it is at hand: one that the server itself may enter, and need not wait for. Who
+    cannot be started directly anyway, on a terminal or as another user, is spared the question.
     """
-    if account.run_as is not None and not account.makes_home:
+    if not account.makes_home and (terminal or account.run_as is not None):
         return False
     try:
         return bool(await in_thread(lambda: _make_and_see(account)))

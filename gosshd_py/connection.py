@@ -144,9 +144,9 @@ class Connection(Forwards):
         """Whether the key and the certificate allow terminals."""
         return self._permitted.permissions.pty
 
-    async def prepare(self) -> None:
+    async def prepare(self, *, terminal: bool) -> None:
         """What is done before a program starts and may take its time."""
-        self._home_at_hand = await prepare_home(self._permitted.account)
+        self._home_at_hand = await prepare_home(self._permitted.account, terminal=terminal)
 
     def start(self, channel: Channel, request: Start) -> PtyProgram | PipeProgram:
         """Start what the client asks for. Raises SpawnError with words for the client."""

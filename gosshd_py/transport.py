@@ -98,7 +98,7 @@ class Transport(asyncssh.SSHServerConnection):
         self._packets = Packets(trace)
         super().__init__(asyncio.get_running_loop(), options)
         self._trusted_host_keys = self._trusted_ca_keys = None  # a client's, as are the next two:
-        self._revoked_host_keys = self._x509_revoked_certs = _NONE  # half a kilobyte of empty sets
+        self._revoked_host_keys = self._x509_revoked_certs = _NONE  # a kilobyte of empty sets
         self._rekeys_left, self._rekeyed = float(REKEY_BURST), time.monotonic()
         self._rekey_timer: asyncio.TimerHandle | None = None
         self._turn_ends, self._turned_over = 0.0, False

@@ -391,10 +391,13 @@ def test_a_home_in_a_file_system_that_may_be_slow_is_entered_behind_exec(tmp_pat
         pytest.skip("needs a folder on a device, and one in memory")
     account = find_account(Config(), "somebody", {})
     assert account is not None
-    assert run(prepare_home(replace(account, home=str(tmp_path))))
-    assert not run(prepare_home(replace(account, home=str(memory))))
-    assert not run(prepare_home(replace(account, home=str(tmp_path / "gone"))))
-    assert not run(prepare_home(replace(account, home=str(tmp_path), run_as=(0, 0))))
+    assert run(prepare_home(replace(account, home=str(tmp_path)), terminal=False))
+    assert not run(prepare_home(replace(account, home=str(tmp_path)), terminal=True))
+    assert not run(prepare_home(replace(account, home=str(memory)), terminal=False))
+    assert not run(prepare_home(replace(account, home=str(tmp_path / "gone")), terminal=False))
+    assert not run(
+        prepare_home(replace(account, home=str(tmp_path), run_as=(0, 0)), terminal=False)
+    )
 
 
 @pytest.mark.parametrize("shell", ["#!/bin/sh\n", "", "#!/gone\n"])

@@ -208,9 +208,8 @@ def test_a_worker_that_starts_later_lives_by_the_reloaded_configuration(
     file.write_text(whole.replace(alice, ""))
     it.process.send_signal(signal.SIGHUP)
     wait_for("the reload", lambda: len(it.events("reloaded")) == 2)
-    file.write_text(
-        refused + whole
-    )  # which nobody takes, and those that start later do not, either
+    # Nobody takes this, and those that start later do not, either.
+    file.write_text(refused + whole)
     it.process.send_signal(signal.SIGHUP)
     wait_for("the refusal", lambda: len(it.events("not reloaded")) == 2)
     old = workers(it)
